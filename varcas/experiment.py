@@ -1,0 +1,346 @@
+"""The experiment file: strict models, YAML with line numbers in every error, and the JSON Schema for editors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+
+from varcas.errors import InputError, nearest
+from varcas.records import LATENCY_METRICS, RATE_METRICS
+
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+FLAG = re.compile(r"^[a-z][a-z0-9_]*$")
+OWN_FLAGS = {
+    "model": "set `model:` at the top of the file",
+    "revision": "set `revision:` at the top of the file",
+    "host": "varcas serves on loopback only",
+    "port": "varcas chooses a free port for every server",
+    "uds": "varcas talks to its servers over loopback",
+    "api_key": "varcas makes a fresh key for every server",
+    "served_model_name": "varcas names the model itself",
+    "config": "write the flags under `serve:`, so that they are stored with the result",
+}
+"""Flags that varcas sets itself, and what to do instead."""
+
+OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
+    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s"), "maximize"),
+    **dict.fromkeys((*LATENCY_METRICS, "energy_j", "server_start_s"), "minimize"),
+}
+"""Metric to the direction in which it is better."""
+
+
+class Hardware(BaseModel):
+    """Which GPU, and how many the study may use; `auto` is what the Ray node has."""
+
+    model_config = STRICT
+    gpu: str = Field(default="auto", description="`auto`, `cpu`, or a GPU type such as T4, L4, A10G, A100, H100")
+    count: int = Field(default=1, ge=1, description="GPUs the study may use at once")
+    resource: str | None = Field(default=None, description="custom Ray resource that marks the nodes to use")
+
+
+class Server(BaseModel):
+    """The Python that has vLLM, its environment, and the deadline of each phase in seconds."""
+
+    model_config = STRICT
+    python: str | None = Field(default=None, description="path of the Python that has vLLM (default: this one)")
+    env: dict[str, str] = Field(default_factory=dict, description="environment variables of the server")
+    download_timeout_s: float = Field(default=3600, gt=0)
+    start_timeout_s: float = Field(default=1200, gt=0, description="spawn to the first real completion")
+    stop_timeout_s: float = Field(default=15, gt=0, description="after SIGTERM, before SIGKILL")
+    stall_timeout_s: float = Field(default=60, gt=0, description="no token for so long under load means hung")
+
+    @field_validator("env")
+    @classmethod
+    def _no_secret(cls, env: dict[str, str]) -> dict[str, str]:
+        if secret := [name for name in env if re.search(r"TOKEN|API_KEY|SECRET|PASSWORD", name.upper())]:
+            raise ValueError(
+                f"{', '.join(secret)}: secrets are taken from the environment of the worker, never from the file, "
+                "which is stored with every result"
+            )
+        return env
+
+
+class Workload(BaseModel):
+    """The chat traffic: who asks, how often, for how long."""
+
+    model_config = STRICT
+    profile: str = Field(default="chat-medium", description="`chat-short`, `chat-medium` or `chat-long`")
+    rate_rps: float = Field(gt=0, description="mean arrivals per second, open loop")
+    duration_s: float = Field(default=120, gt=0, description="the measured window")
+    warmup_s: float = Field(default=5, ge=0, description="load before the window, not measured")
+    max_drain_s: float = Field(default=30, ge=0, description="after the window; what is left misses the SLO")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    endpoint: Literal["auto", "chat", "completions"] = Field(
+        default="auto", description="`auto`: chat when the model has a chat template, else completions"
+    )
+    arrival: Literal["poisson", "constant"] = "poisson"
+    max_tokens: int | None = Field(default=None, ge=2, description="longest prompt + output (default: what fits)")
+    sampling: dict[str, JsonValue] = Field(
+        default_factory=lambda: {"temperature": 0.0},
+        description="sampling parameters sent with every request",
+    )
+
+
+class Objective(BaseModel):
+    """Exactly one of `maximize` and `minimize`, with the metric's name."""
+
+    model_config = STRICT
+    maximize: str | None = None
+    minimize: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.maximize is None) == (self.minimize is None):
+            raise ValueError("give exactly one of `maximize` and `minimize`")
+        direction = "maximize" if self.maximize else "minimize"
+        if self.metric not in OBJECTIVES:
+            raise ValueError(
+                f"{self.metric!r} is no metric.{nearest(self.metric, OBJECTIVES)} Known: {', '.join(OBJECTIVES)}"
+            )
+        if OBJECTIVES[self.metric] != direction:
+            raise ValueError(f"{self.metric} is better when {OBJECTIVES[self.metric]}d: write `{OBJECTIVES[self.metric]}:`")
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The column to optimise."""
+        return self.maximize or self.minimize or ""
+
+    @property
+    def direction(self) -> Literal["maximize", "minimize"]:
+        """As Optuna spells it."""
+        return "maximize" if self.maximize else "minimize"
+
+
+class Study(BaseModel):
+    """How much to spend, how to search, and where Optuna keeps its study."""
+
+    model_config = STRICT
+    trials: int = Field(default=30, ge=1, description="server starts of the search; confirmation starts come on top")
+    sampler: str = Field(default="auto", description="`auto`, `tpe`, `random`, `gp`")
+    repeats: int = Field(default=3, ge=0, description="fresh starts of baseline and winner each; 0: no confirmation")
+    storage: str | None = Field(
+        default=None,
+        description="`journal:PATH`, `sqlite:///PATH` or `postgresql://...` (default: journal in `results`)",
+    )
+    seed: int = Field(default=0, ge=0)
+    max_retries: int = Field(default=2, ge=0, description="of what is not the configuration's fault, each")
+    enqueue: list[dict[str, JsonValue]] = Field(
+        default_factory=list, description="configurations to try first: flags over `serve`"
+    )
+
+
+class Range(BaseModel):
+    """Numbers from `low` to `high`: integers when both are, else floats."""
+
+    model_config = STRICT
+    low: int | float
+    high: int | float
+    step: int | float | None = None
+    log: bool = False
+    when: dict[str, JsonValue] | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}")
+        if self.step is not None and (self.step <= 0 or self.log):
+            raise ValueError("`step` must be positive, and does not go with `log`")
+        if self.log and self.low <= 0:
+            raise ValueError("`log` needs a positive `low`")
+        return self
+
+
+class Choices(BaseModel):
+    """Any JSON values. A mapping among them may hold `{choices: [...]}` values itself: they are searched too."""
+
+    model_config = STRICT
+    choices: list[JsonValue] = Field(min_length=1)
+    when: dict[str, JsonValue] | None = Field(
+        default=None, description="searched only while these flags have these values (a list: any of them)"
+    )
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, choices: list[JsonValue]) -> list[JsonValue]:
+        texts = [json.dumps(choice, sort_keys=True) for choice in choices]
+        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands twice")
+        return choices
+
+
+Flags = dict[str, JsonValue]
+
+
+class Experiment(BaseModel):
+    """An experiment file. `varcas schema` prints its JSON Schema."""
+
+    model_config = STRICT
+    name: str = Field(pattern=NAME, max_length=80)
+    model: str = Field(min_length=1, description="hub id, or a local directory with `config.json`")
+    revision: str | None = Field(default=None, description="commit, branch or tag of a hub model")
+    hardware: Hardware = Field(default_factory=Hardware)
+    engine: Literal["vllm"] = "vllm"
+    server: Server = Field(default_factory=Server)
+    serve: Flags = Field(default_factory=dict, description="fixed flags, spelled as vLLM spells them")
+    baseline: Flags = Field(default_factory=dict, description="flags over `serve` of the configuration to beat")
+    space: dict[str, Choices | Range] = Field(default_factory=dict, description="flags to search")
+    workload: Workload
+    slo: dict[str, float] = Field(default_factory=dict, description="e.g. `ttft_p95_ms: 2000`; upper limits")
+    objective: Objective | list[Objective] = Field(
+        default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
+    )
+    study: Study = Field(default_factory=Study)
+    results: str = Field(default="results/", description="a local or shared path")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _told_apart(cls, space: Any) -> Any:
+        """Builds each entry as what its keys say it is, so that an error speaks of that one alone."""
+        if not isinstance(space, Mapping):
+            return space
+        return {flag: _space_entry(flag, entry) for flag, entry in space.items()}
+
+    @field_validator("serve", "baseline", "space")
+    @classmethod
+    def _flag_names(cls, flags: dict[str, Any]) -> dict[str, Any]:
+        for flag in flags:
+            if flag in OWN_FLAGS:
+                raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
+            if not FLAG.match(flag):
+                fixed = flag.strip("-").replace("-", "_").lower()
+                raise ValueError(f"{flag!r} is no flag name: write {fixed} (no dashes, underscores)")
+        return flags
+
+    @field_validator("slo")
+    @classmethod
+    def _slo_keys(cls, slo: dict[str, float]) -> dict[str, float]:
+        for key, limit in slo.items():
+            if key not in LATENCY_METRICS:
+                raise ValueError(
+                    f"{key!r} is no latency limit.{nearest(key, LATENCY_METRICS)} "
+                    "Allowed: ttft, tpot, itl, e2e with _mean, _p50, _p90, _p95, _p99 or _p99_9 and _ms"
+                )
+            if not limit > 0:
+                raise ValueError(f"{key}: {limit} must be above 0")
+        return slo
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        if both := sorted(set(self.serve) & set(self.space)):
+            raise ValueError(f"{', '.join(both)}: both in `serve` and in `space`; take it out of one")
+        if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
+            raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
+        return self
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """One, or several for a Pareto front."""
+        return tuple(self.objective) if isinstance(self.objective, list) else (self.objective,)
+
+
+def _space_entry(flag: str, entry: Any) -> Any:
+    if not isinstance(entry, Mapping):
+        hint = f"{{choices: {json.dumps(entry)}}}" if isinstance(entry, list) else f"{{choices: [{json.dumps(entry)}]}}"
+        raise ValueError(f"{flag}: a space is `{{choices: [...]}}` or `{{low: 1, high: 8}}`, e.g. {flag}: {hint}")
+    kind = Range if {"low", "high"} & set(entry) else Choices
+    return kind.model_validate_json(json.dumps(entry))
+
+
+def load_experiment(path: str | Path) -> Experiment:
+    """Reads and checks an experiment file; relative paths in it stay relative to the working directory.
+
+    Raises:
+        InputError: with file, line, field, value, what is allowed and the nearest right spelling.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}. Give the path of an experiment file (YAML).") from error
+    return parse_experiment(text, str(path))
+
+
+def parse_experiment(text: str, origin: str = "<experiment>") -> Experiment:
+    """Checks the text of an experiment file; `origin` names it in errors. Raises as `load_experiment`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines = dict(_lines(node, ())) if node else {}
+        data = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InputError(f"{origin}:{line}: not valid YAML: {error.problem}") from error
+    except _DuplicateKeyError as error:
+        raise InputError(f"{origin}:{error.line}: {error.key}: stands twice; keep one.") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{origin}:1: an experiment is a mapping with `name`, `model`, `workload`, ...; see `varcas init`")
+    try:
+        return Experiment.model_validate_json(json.dumps(data))
+    except TypeError as error:
+        raise InputError(f"{origin}: {error}: quote the value; only text, numbers, true, false and null are allowed") from error
+    except ValidationError as error:
+        raise InputError("\n".join(_message(detail, lines, origin) for detail in error.errors())) from error
+
+
+class _DuplicateKeyError(Exception):
+    def __init__(self, line: int, key: str) -> None:
+        super().__init__(key)
+        self.line, self.key = line, key
+
+
+def _lines(node: yaml.Node, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], int]]:
+    """Yields (path, line from 1) of every key and list item."""
+    yield path, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise _DuplicateKeyError(key.start_mark.line + 1, ".".join(map(str, (*path, key.value))))
+            seen.add(key.value)
+            yield from _lines(value, (*path, key.value))
+            yield (*path, key.value), key.start_mark.line + 1
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _lines(value, (*path, index))
+
+
+def line_of(path: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> int:
+    """The line of the longest known prefix of `path`."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines.get(path, 1)
+
+
+def _message(detail: ErrorDetails, lines: Mapping[tuple[str | int, ...], int], origin: str) -> str:
+    loc = tuple(part for part in detail["loc"] if part not in ("Objective", "list[Objective]", "Choices", "Range"))
+    field = ".".join(map(str, loc)) or "experiment"
+    line, text = line_of(loc, lines), detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        return f"{origin}:{line}: {field}: unknown key.{nearest(str(loc[-1]), known)} Known here: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{origin}:{line}: {field}: missing. Add it; `varcas schema` describes it, `varcas init` writes a whole file."
+    given = detail["input"]
+    value = "" if isinstance(given, dict | list) else f"{json.dumps(given, default=str)}: "
+    return f"{origin}:{line}: {field}: {value}{text[:1].lower()}{text[1:]}"
+
+
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    models: dict[str, type[BaseModel]] = {
+        "hardware": Hardware,
+        "server": Server,
+        "workload": Workload,
+        "objective": Objective,
+        "study": Study,
+    }
+    if loc and loc[0] == "space":
+        return ["choices", "low", "high", "step", "log", "when"]
+    return list((models.get(str(loc[0]), Experiment) if loc else Experiment).model_fields)
