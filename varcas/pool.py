@@ -1,0 +1,264 @@
+"""Where trials run: one fresh Ray actor per server start, which reserves the GPUs of that proposal.
+
+The only door to Ray. A local Ray is started unless an address is given or this process is a Ray job's driver.
+An actor is never restarted (`max_restarts=0`): its server may have died for a reason, and a second start would hide it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+from varcas.errors import InputError, VarcasError
+from varcas.experiment import Hardware
+
+# Set before Ray is imported, and inherited by the raylet and its workers.
+RAY_ENV = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # a load generator at niceness 15 is late
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs (validation) still sees which there are
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+}
+OBJECT_STORE_BYTES = 256 * 2**20
+JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for the driver of a submitted job (ray/_private/ray_constants.py, `RAY_JOB_CONFIG_JSON_ENV_VAR`)."""
+
+Work = Callable[[Any, threading.Event], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A unit of work that ended: with its result, or `lost` in words when its worker died."""
+
+    key: str
+    result: Any = None
+    lost: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """What the pool may use at once, and what each worker reserves beside its GPUs."""
+
+    num_gpus: int
+    on_gpu: bool
+    gpu: str
+    cpus_per_gpu: float
+    resources: Mapping[str, float]
+
+
+class _Worker:
+    """Runs in a Ray worker of its own; `cancel` is answered by a second thread while `run` works."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+
+    def run(self, work: Work, payload: Any) -> Any:
+        return work(payload, self._cancelled)
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the driver of a `ray job submit`."""
+    return JOB_ENV in os.environ
+
+
+class Pool:
+    """N pieces of work at a time on N GPUs.
+
+    Args:
+        hardware: what the experiment asks for.
+        address: of a running cluster (`auto` finds one); None starts a local Ray, or joins the job's cluster.
+        ray_options: further arguments of `ray.init`, say `num_gpus` for fake GPUs in tests.
+
+    Raises:
+        InputError: no such GPU here, or no cluster at the address.
+    """
+
+    def __init__(self, hardware: Hardware, address: str | None = None, **ray_options: Any) -> None:
+        os.environ.update({key: value for key, value in RAY_ENV.items() if key not in os.environ})
+        import ray  # here, so that `varcas --help` does not wait for it
+
+        self._ray = ray
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _connect(ray, address, ray_options)
+        try:
+            self.slots = _slots(hardware, ray.cluster_resources(), ray.nodes())
+        except InputError:
+            self.close()
+            raise
+        self._running: dict[Any, tuple[str, Any, int]] = {}  # result ref → key, actor, GPUs
+        self._remote_worker = ray.remote(_Worker)
+        self._warm = ray.remote(_import_trial)
+
+    @property
+    def busy(self) -> bool:
+        """Something is running."""
+        return bool(self._running)
+
+    @property
+    def running(self) -> list[str]:
+        """Keys of what is running."""
+        return [key for key, _, _ in self._running.values()]
+
+    def has_room(self, num_gpus: int = 1) -> bool:
+        """Whether work that needs `num_gpus` would start now (on CPUs: one piece of work a node)."""
+        used = sum(gpus for _, _, gpus in self._running.values())
+        return used + (num_gpus if self.slots.on_gpu else 1) <= self.slots.num_gpus
+
+    def submit(self, key: str, work: Work, payload: Any, num_gpus: int = 1) -> None:
+        """Starts `work(payload, cancelled)` in a fresh actor that reserves `num_gpus`."""
+        actor = self._remote_worker.options(**self._reservation(num_gpus), max_restarts=0, max_concurrency=2).remote()
+        self._running[actor.run.remote(work, payload)] = (key, actor, num_gpus if self.slots.on_gpu else 1)
+
+    def prepare(self) -> None:
+        """Has a worker process with varcas imported stand by, so that the next actor starts in 0.1 s, not in 1 s."""
+        self._warm.options(num_cpus=0).remote()
+
+    def finished(self, timeout_s: float = 1.0) -> list[Finished]:
+        """Waits up to `timeout_s` for the next pieces of work to end."""
+        if not self._running:
+            return []
+        done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
+        return [self._collect(ref) for ref in done]
+
+    def service(self, make: Callable[..., Any], *args: Any) -> Any:
+        """Places an object on a node of the pool's kind without reserving its GPU; call it with `call`."""
+        options = self._reservation(0) | {"num_cpus": 0}
+        return self._ray.remote(_Service).options(**options, max_restarts=0).remote(make, args)
+
+    def call(self, service: Any, method: str, *args: Any, timeout_s: float) -> Any:
+        """Calls a method of a service.
+
+        Raises:
+            VarcasError: no answer within `timeout_s`, or its worker died.
+        """
+        try:
+            return self._ray.get(service.call.remote(method, args), timeout=timeout_s)
+        except self._ray.exceptions.GetTimeoutError as error:
+            raise VarcasError(f"{method}: no answer from the worker node within {timeout_s:.0f} s") from error
+        except self._ray.exceptions.RayActorError as error:
+            raise VarcasError(f"{method}: the worker on the node died: {_first_line(error)}") from error
+
+    def dismiss(self, service: Any) -> None:
+        """Ends a service and what it started."""
+        with suppress(Exception):
+            self._ray.get(service.close.remote(), timeout=20)
+        self._ray.kill(service)
+
+    def cancel(self) -> None:
+        """Asks all running work to end; it still comes back through `finished`."""
+        for _, actor, _ in self._running.values():
+            actor.cancel.remote()
+
+    def close(self) -> None:
+        """Kills what still runs (its guardians end the servers) and leaves Ray, which it stops if it started it."""
+        for _, actor, _ in getattr(self, "_running", {}).values():
+            self._ray.kill(actor)
+        if self._owns_ray:
+            self._ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _reservation(self, num_gpus: int) -> dict[str, Any]:
+        if not self.slots.on_gpu:
+            return {"num_cpus": self.slots.cpus_per_gpu, "resources": dict(self.slots.resources)}
+        cpus = max(1.0, self.slots.cpus_per_gpu * num_gpus)
+        return {"num_cpus": cpus, "num_gpus": num_gpus, "resources": dict(self.slots.resources)}
+
+    def _collect(self, ref: Any) -> Finished:
+        key, actor, _ = self._running.pop(ref)
+        try:
+            return Finished(key, result=self._ray.get(ref))
+        except self._ray.exceptions.RayActorError as error:
+            return Finished(key, lost=_first_line(error))
+        except self._ray.exceptions.RayTaskError as error:  # our bug, or a lost object: never the configuration's fault
+            return Finished(key, lost=str(error).strip())
+        finally:
+            self._ray.kill(actor)
+
+
+class _Service:
+    def __init__(self, make: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._object = make(*args)
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        return getattr(self._object, method)(*args)
+
+    def close(self) -> None:
+        self._object.close()
+
+
+def _import_trial() -> None:
+    """Pays for the imports of a trial in a worker that the next actor takes over."""
+    import importlib
+
+    importlib.import_module("varcas.trial")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:500] or type(error).__name__
+
+
+def _connect(ray: Any, address: str | None, options: Mapping[str, Any]) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    if address or in_ray_job():
+        try:
+            ray.init(address=address or "auto", **quiet, **options)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise InputError(
+                f"--address: {address or 'auto'}: no Ray cluster answers there ({_first_line(error)}). "
+                "Start one with `ray start --head` or `ray up cluster.yaml`, or leave --address out for a local Ray."
+            ) from error
+        return
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    ray.init(address="local", **quiet, **(local | dict(options)))
+
+
+def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -> Slots:
+    """What of the cluster the experiment may use.
+
+    Raises:
+        InputError: with what is there and what to write instead.
+    """
+    types = sorted(name.partition(":")[2] for name in cluster if name.startswith("accelerator_type:"))
+    total = int(cluster.get("GPU", 0))
+    resources: dict[str, float] = {hardware.resource: 0.001} if hardware.resource else {}
+    if hardware.resource and hardware.resource not in cluster:
+        raise InputError(
+            f"hardware.resource: {hardware.resource!r}: no node of this cluster has it. There: "
+            f"{', '.join(sorted(name for name in cluster if ':' not in name))}. Start the nodes with "
+            f"`ray start --resources '{{\"{hardware.resource}\": 1}}'`."
+        )
+    live = [node["Resources"] for node in nodes if node["Alive"]]
+    if hardware.gpu == "cpu" or (hardware.gpu == "auto" and not total):
+        node_cpus = max(resource.get("CPU", 1.0) for resource in live)
+        return Slots(min(hardware.count, len(live)), False, "cpu", node_cpus, resources)
+    if hardware.gpu == "auto" and len(types) > 1:
+        raise InputError(f"hardware.gpu: auto: this cluster has several: {', '.join(types)}. Name one of them.")
+    gpu = types[0] if hardware.gpu == "auto" and types else hardware.gpu
+    if f"accelerator_type:{gpu}" in cluster:
+        resources[f"accelerator_type:{gpu}"] = 0.001
+    elif not hardware.resource and hardware.gpu != "auto":
+        there = f"{total} GPU(s) of type {', '.join(types) or 'unknown'}" if total else "no GPU"
+        raise InputError(
+            f"hardware.gpu: {gpu!r}: not here: Ray sees {there}. Write `hardware: {{gpu: auto}}` for what is here, "
+            "join a cluster that has it with --address, or mark its nodes with a custom resource and name that in "
+            "`hardware.resource`."
+        )
+    if not total:
+        raise InputError(f"hardware.gpu: {gpu!r}: the nodes with {hardware.resource!r} have no GPU as Ray sees them.")
+    cpus = min((r.get("CPU", 1.0) / r["GPU"] for r in live if r.get("GPU")), default=1.0)
+    return Slots(min(hardware.count, total), True, gpu, float(max(1, int(cpus))), resources)
