@@ -1,0 +1,441 @@
+"""The answer: which flags to deploy, how much better they are, how sure that is, and why the others lost or failed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from varcas.experiment import Experiment, Objective
+from varcas.metrics import Gain, compare
+from varcas.records import TrialRow
+from varcas.space import ServingConfig
+
+Verdict = Literal["better", "inconclusive", "unconfirmed", "baseline_best", "no_baseline", "pareto", "no_answer"]
+
+
+class Arm(BaseModel):
+    """A configuration and what its confirmation starts measured, one value a start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    config_hash: str
+    flags: dict[str, JsonValue]
+    command: str | None
+    number: int = Field(description="of the search trial that proposed it")
+    search_value: float | None = Field(description="the objective in the search: it chose the winner, so it flatters it")
+    values: list[float] = Field(description="the objective in each valid confirmation start")
+    starts: int = Field(description="confirmation starts made")
+    failed_starts: int = Field(description="of them, those that failed or measured nothing to be believed")
+    slo_met_starts: int | None = Field(description="of the valid ones, those that met the SLO; null without an SLO")
+    saturated: bool | None = None
+
+
+class GainOut(BaseModel):
+    """The gain of the winner over the baseline from confirmation starts alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metric: str
+    direction: str
+    ratio: float = Field(description="candidate / baseline")
+    lo: float | None = Field(description="lower end of the 95 % interval of the ratio")
+    hi: float | None = Field(description="upper end of it")
+    baseline_mean: float
+    candidate_mean: float
+    reason: str | None = Field(description="why it is inconclusive")
+
+
+class Failure(BaseModel):
+    """Why one configuration is not the answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    number: int
+    flags: dict[str, JsonValue] = Field(description="what it sets differently from the baseline")
+    kind: str | None
+    detail: str | None
+    hint: str | None
+    rule: str | None
+
+
+class Recommendation(BaseModel):
+    """What a study leaves behind; `varcas recommend --json` prints it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    study: str
+    verdict: Verdict
+    headline: str
+    model: str
+    gpu: str | None
+    engine_version: str | None
+    simulated: bool
+    objective: str
+    slo: dict[str, float]
+    deploy: dict[str, JsonValue] | None = Field(description="the flags to deploy; null when nothing can be")
+    changes: dict[str, JsonValue] = Field(description="what these flags change against the baseline; null: flag left out")
+    command: str | None
+    script: str | None = Field(description="path of the start script")
+    baseline: Arm | None
+    winner: Arm | None
+    gain: GainOut | None
+    front: list[Arm] = Field(default_factory=list, description="the Pareto front, when there are several objectives")
+    counts: dict[str, int] = Field(description="trials by state, confirmation starts apart")
+    failures: list[Failure]
+    warnings: list[str]
+    ended: str | None = Field(default=None, description="why the search ended")
+
+    @property
+    def has_answer(self) -> bool:
+        """Some configuration runs and meets the SLO."""
+        return self.verdict != "no_answer"
+
+
+def value(row: TrialRow, objective: Objective) -> float | None:
+    """The objective's column of a row."""
+    found = getattr(row, objective.metric)
+    return None if found is None else float(found)
+
+
+def usable(row: TrialRow) -> bool:
+    """Measured, to be believed, and within the SLO."""
+    return row.state == "complete" and row.valid is not False and row.slo_met is not False
+
+
+def ranked(rows: Iterable[TrialRow], objective: Objective) -> list[TrialRow]:
+    """Search and baseline rows that could be deployed, best first, one a configuration."""
+    sign = -1 if objective.direction == "maximize" else 1
+    good = [(sign * v, row.number, row) for row in rows if usable(row) and (v := value(row, objective)) is not None]
+    best: dict[str, TrialRow] = {}
+    for _, _, row in sorted(good, key=lambda entry: entry[:2]):
+        if row.purpose != "confirm":
+            best.setdefault(row.config_hash, row)
+    return list(best.values())
+
+
+def pareto_front(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> list[TrialRow]:
+    """Rows that no other beats in every objective."""
+    signs = [1 if o.direction == "maximize" else -1 for o in objectives]
+
+    def score(row: TrialRow) -> tuple[float, ...]:
+        return tuple(s * (value(row, o) or 0.0) for s, o in zip(signs, objectives, strict=True))
+
+    candidates = [row for row in ranked(rows, objectives[0]) if all(value(row, o) is not None for o in objectives)]
+    scores = {row.trial_id: score(row) for row in candidates}
+
+    def beaten(row: TrialRow) -> bool:
+        mine = scores[row.trial_id]
+        return any(all(a >= b for a, b in zip(s, mine, strict=True)) and s != mine for s in scores.values())
+
+    return [row for row in candidates if not beaten(row)]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Rows sorted out: who is the baseline, who the winner."""
+
+    baseline: TrialRow | None
+    winner: TrialRow | None
+    front: list[TrialRow]
+
+
+def confirm_failures(rows: Iterable[TrialRow]) -> set[str]:
+    """Configurations that failed in a confirmation start by their own fault: not to be deployed."""
+    return {
+        row.config_hash
+        for row in rows
+        if row.purpose == "confirm" and row.arm == "candidate" and row.state == "failed"
+        and row.failure_kind not in ("worker_lost", "port_in_use", "gpu_busy")
+    }  # fmt: skip
+
+
+def find(rows: Sequence[TrialRow], experiment: Experiment) -> Finding:
+    """Picks the winner by the search's own rows; configurations that failed a confirmation start are out."""
+    objectives, out = experiment.objectives, confirm_failures(rows)
+    baseline = next((row for row in rows if row.purpose == "baseline" and row.state != "stopped"), None)
+    order = [row for row in ranked(rows, objectives[0]) if row.config_hash not in out]
+    front = pareto_front([r for r in rows if r.config_hash not in out], objectives) if len(objectives) > 1 else []
+    return Finding(baseline, order[0] if order else None, front)
+
+
+def recommend(
+    rows: Sequence[TrialRow], experiment: Experiment, *, script: str | None = None, ended: str | None = None
+) -> Recommendation:
+    """Turns a study's rows into its answer. Pure: writes nothing."""
+    finding = find(rows, experiment)
+    objective = experiment.objectives[0]
+    baseline = _arm(finding.baseline, rows, "baseline", objective)
+    winner = _arm(finding.winner, rows, "candidate", objective)
+    gain = _gain(baseline, winner, objective, finding)
+    verdict = _verdict(finding, gain, winner, experiment)
+    deployed = _deployed(verdict, finding)
+    base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
+    return Recommendation(
+        study=experiment.name,
+        verdict=verdict,
+        headline=_headline(verdict, gain, winner, experiment, rows),
+        model=experiment.model,
+        gpu=next((row.gpu_name for row in rows if row.gpu_name), None),
+        engine_version=next((row.engine_version for row in rows if row.engine_version), None),
+        simulated=any(row.simulated for row in rows),
+        objective=objective.metric,
+        slo=dict(experiment.slo),
+        deploy=_flags(deployed) if deployed else None,
+        changes=difference(base_flags, _flags(deployed)) if deployed else {},
+        command=deployed.command if deployed else None,
+        script=script,
+        baseline=baseline,
+        winner=winner,
+        gain=gain,
+        front=[arm for row in finding.front if (arm := _arm(row, rows, "candidate", objective))],
+        counts=dict(Counter(row.state for row in rows if row.purpose != "confirm")),
+        failures=_failures(rows, base_flags),
+        warnings=_warnings(rows, finding, winner),
+        ended=ended,
+    )
+
+
+def _flags(row: TrialRow) -> dict[str, JsonValue]:
+    flags: dict[str, JsonValue] = json.loads(row.config_json)
+    return flags
+
+
+def difference(base: dict[str, JsonValue], flags: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Flags that differ from `base`; None for one that is left out."""
+    return {key: flags.get(key) for key in sorted({*base, *flags}) if base.get(key) != flags.get(key)}
+
+
+def confirmations(rows: Iterable[TrialRow], arm: str, config_hash: str) -> list[TrialRow]:
+    """Confirmation starts of one arm whose server was really started; lost workers and interrupts do not count."""
+    return [
+        row
+        for row in rows
+        if row.purpose == "confirm" and row.arm == arm and row.config_hash == config_hash
+        and row.state in ("complete", "failed") and row.failure_kind not in ("worker_lost", "port_in_use", "gpu_busy")
+    ]  # fmt: skip
+
+
+def _arm(row: TrialRow | None, rows: Sequence[TrialRow], arm: str, objective: Objective) -> Arm | None:
+    if row is None:
+        return None
+    starts = confirmations(rows, arm, row.config_hash)
+    good = [s for s in starts if s.state == "complete" and s.valid is not False and value(s, objective) is not None]
+    return Arm(
+        config_hash=row.config_hash,
+        flags=_flags(row),
+        command=row.command,
+        number=row.number,
+        search_value=value(row, objective),
+        values=[v for s in good if (v := value(s, objective)) is not None],
+        starts=len(starts),
+        failed_starts=len(starts) - len(good),
+        slo_met_starts=sum(s.slo_met is True for s in good) if any(s.slo_met is not None for s in good) else None,
+        saturated=row.saturated,
+    )
+
+
+def _gain(baseline: Arm | None, winner: Arm | None, objective: Objective, finding: Finding) -> GainOut | None:
+    if not (baseline and winner and baseline.values and winner.values) or baseline.config_hash == winner.config_hash:
+        return None
+    gain: Gain = compare(baseline.values, winner.values, direction=objective.direction)
+    return GainOut(
+        metric=objective.metric,
+        direction=objective.direction,
+        ratio=gain.ratio,
+        lo=gain.lo,
+        hi=gain.hi,
+        baseline_mean=gain.baseline_mean,
+        candidate_mean=gain.candidate_mean,
+        reason=gain.reason if gain.verdict != "better" else None,
+    )
+
+
+def _verdict(finding: Finding, gain: GainOut | None, winner: Arm | None, experiment: Experiment) -> Verdict:
+    if finding.winner is None or winner is None:
+        return "no_answer"
+    if finding.front:
+        return "pareto"
+    if finding.baseline is None or finding.baseline.state != "complete":
+        return "no_baseline"
+    if finding.winner.config_hash == finding.baseline.config_hash:
+        return "baseline_best"
+    if finding.baseline.slo_met is False and winner.slo_met_starts and winner.slo_met_starts == len(winner.values) >= 3:
+        return "better"  # it meets an SLO that the baseline misses, in every fresh start
+    if gain is None:
+        return "unconfirmed"
+    better = gain.lo is not None and gain.hi is not None and (gain.lo > 1 if gain.direction == "maximize" else gain.hi < 1)
+    missed = winner.slo_met_starts is not None and winner.slo_met_starts < len(winner.values)
+    return "better" if better and not missed and not winner.failed_starts else "inconclusive"
+
+
+def _deployed(verdict: Verdict, finding: Finding) -> TrialRow | None:
+    """What to deploy: an unproven winner does not displace a baseline that works."""
+    keeps_baseline = finding.baseline is not None and usable(finding.baseline)
+    if verdict in ("inconclusive", "baseline_best") and keeps_baseline:
+        return finding.baseline
+    return finding.winner
+
+
+def _headline(
+    verdict: Verdict, gain: GainOut | None, winner: Arm | None, experiment: Experiment, rows: Sequence[TrialRow]
+) -> str:
+    metric = experiment.objectives[0].metric
+    if verdict == "better" and gain and winner:
+        return f"{percent(gain)} {metric} over the baseline, from {_starts(winner)} fresh starts an arm"
+    if verdict == "better":
+        return "meets the SLO, which the baseline does not, in every fresh start"
+    if verdict == "inconclusive" and gain and winner:
+        why = gain.reason or _why_unproven(winner)
+        return f"inconclusive: {percent(gain)} {metric}, {why}; keep the baseline or give it more starts (--repeats)"
+    words: dict[Verdict, str] = {
+        "unconfirmed": "best in the search, not confirmed: its figure flatters it (run again with --repeats 3)",
+        "baseline_best": "the baseline was not beaten",
+        "no_baseline": "the baseline does not run; this is the best configuration that does",
+        "pareto": "several objectives: choose from the Pareto front",
+        "no_answer": _no_answer(rows),
+    }
+    return words.get(verdict, "inconclusive: no confirmation start of both arms to compare")
+
+
+def _why_unproven(winner: Arm) -> str:
+    if winner.failed_starts:
+        return f"but {winner.failed_starts} of {winner.starts} fresh starts failed or were not valid"
+    return f"but the SLO was met in {winner.slo_met_starts} of {len(winner.values)} fresh starts"
+
+
+def _no_answer(rows: Sequence[TrialRow]) -> str:
+    missed = [row for row in rows if row.state == "complete" and row.slo_met is False and row.constraints]
+    if not missed:
+        invalid = [row for row in rows if row.state == "complete" and row.valid is False]
+        return "no measurement is to be believed" if invalid else "no configuration runs: see why below"
+    nearest = min(missed, key=lambda row: max(row.constraints.values()))
+    key, worst = max(nearest.constraints.items(), key=lambda item: item[1])
+    return f"no configuration meets the SLO: the nearest, trial {nearest.number}, misses {key} by {worst:.0%}"
+
+
+def _starts(arm: Arm) -> int:
+    return len(arm.values)
+
+
+def percent(gain: GainOut) -> str:
+    """`+22 % (95 % interval +19 to +25 %)`."""
+    text = f"{gain.ratio - 1:+.1%}"
+    if gain.lo is None or gain.hi is None:
+        return text
+    return f"{text} (95 % interval {gain.lo - 1:+.1%} to {gain.hi - 1:+.1%})"
+
+
+def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Failure]:
+    return [
+        Failure(
+            number=row.number,
+            flags=difference(base, _flags(row)),
+            kind=row.failure_kind,
+            detail=row.failure_detail,
+            hint=row.failure_hint,
+            rule=row.reason_rule,
+        )
+        for row in rows
+        if row.state in ("failed", "infeasible")
+    ]
+
+
+def _warnings(rows: Sequence[TrialRow], finding: Finding, winner: Arm | None) -> list[str]:
+    checks: list[tuple[Callable[[], bool], str]] = [
+        (lambda: any(row.simulated for row in rows), "these numbers are SIMULATED: no server was measured"),
+        (
+            lambda: any(row.valid is False for row in rows),
+            f"{sum(row.valid is False for row in rows)} measurement(s) are not to be believed and were not ranked "
+            "(`varcas results --invalid`)",
+        ),
+        (
+            lambda: bool(winner and winner.saturated),
+            "the load is beyond what the server can take: configurations are ranked by sustained throughput, "
+            "and latency says only how long the test ran",
+        ),
+        (
+            lambda: len({row.engine_version for row in rows if row.engine_version}) > 1,
+            "rows come from several engine versions: compare with care",
+        ),
+    ]
+    return [text for applies, text in checks if applies()]
+
+
+def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
+    """Writes `start_vllm.sh` (baseline) and, for another winner, `start_vllm_optimized.sh`; returns the one to deploy."""
+    answer = recommend(rows, experiment)
+    finding = find(rows, experiment)
+    directory.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, str] = {}
+    for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", finding.winner)):
+        if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
+            continue
+        config = ServingConfig(experiment.model, experiment.revision, _flags(row))
+        comments = _script_comments(answer, row, experiment)
+        path = directory / name
+        path.write_text(config.start_script(python=experiment.server.python or "python3", comments=comments))
+        path.chmod(0o755)
+        paths[row.config_hash] = str(path)
+    deployed = _deployed(answer.verdict, finding)
+    return paths.get(deployed.config_hash) if deployed else None
+
+
+def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experiment) -> list[str]:
+    role = "baseline" if row.purpose == "baseline" else f"trial {row.number}: {answer.headline}"
+    lines = [
+        f"varcas study {experiment.name}, {role}",
+        f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; "
+        f"{row.profile} at {row.rate_rps:g} requests/s",
+    ]
+    return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
+
+
+def as_text(answer: Recommendation) -> str:
+    """The answer for a terminal, plain lines; Markdown reads the same."""
+    lines = [
+        f"# {answer.study}: {answer.verdict.replace('_', ' ')}",
+        "",
+        answer.headline[:1].upper() + answer.headline[1:] + ".",
+        "",
+        f"{answer.model}, vLLM {answer.engine_version or '?'}, {answer.gpu or 'CPU'}"
+        + (" - SIMULATED" if answer.simulated else ""),
+    ]
+    if answer.slo:
+        lines.append("SLO: " + ", ".join(f"{key} <= {limit:g}" for key, limit in answer.slo.items()))
+    for name, arm in (("baseline", answer.baseline), ("winner", answer.winner)):
+        if arm and not (name == "winner" and answer.verdict == "baseline_best"):
+            lines.append(_arm_line(name, arm, answer.objective))
+    if answer.changes:
+        lines += ["", "Change against the baseline:"]
+        lines += [f"  {flag} = {json.dumps(new)}" for flag, new in answer.changes.items()]
+    if answer.command:
+        lines += ["", "Deploy:", f"  {answer.script or answer.command}"]
+    if answer.front:
+        lines += ["", "Pareto front:"]
+        lines += [_arm_line(f"trial {arm.number} {json.dumps(arm.flags)}", arm, answer.objective) for arm in answer.front]
+    if answer.failures:
+        lines += ["", "Failed or refused:"]
+        lines += [_failure_line(failure) for failure in answer.failures]
+    lines += [f"Warning: {warning}." for warning in answer.warnings]
+    total = ", ".join(f"{count} {state}" for state, count in sorted(answer.counts.items()))
+    lines += ["", f"Trials: {total}" + (f"; search ended: {answer.ended}" if answer.ended else "") + "."]
+    return "\n".join(lines)
+
+
+def _arm_line(name: str, arm: Arm, metric: str) -> str:
+    if arm.values:
+        seen = ", ".join(f"{v:.4g}" for v in arm.values)
+        text = f"{name}: {metric} {seen} in {len(arm.values)} fresh start(s)"
+    else:
+        text = f"{name}: {metric} {arm.search_value:.4g} in the search" if arm.search_value else f"{name}: not measured"
+    if arm.slo_met_starts is not None:
+        text += f", SLO met in {arm.slo_met_starts} of {len(arm.values)}"
+    return text + f" (trial {arm.number})"
+
+
+def _failure_line(failure: Failure) -> str:
+    what = json.dumps(failure.flags) if failure.flags else "the baseline"
+    text = f"  trial {failure.number}, {what}: {failure.rule or failure.kind}: {failure.detail}"
+    return text + (f"\n    {failure.hint}" if failure.hint else "")
