@@ -1,0 +1,50 @@
+# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(VENV)/uv/bin/uv
+# The CPU build of torch: from PIP_FIND_LINKS where this machine has it there, else from PyTorch's own index.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_FROM := $(if $(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
+PY ?= python3
+
+.PHONY: setup quickstart test check docs bench clean
+setup: $(VENV)/.ready ## install everything into .venv: varcas, vLLM's CPU build, the tools
+
+$(UV):
+	$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "varcas needs Python 3.11 or newer: make PY=python3.11 ...")'
+	$(PY) -m venv $(VENV)/uv
+	$(VENV)/uv/bin/pip install --quiet "uv>=0.11"
+
+$(VENV)/.ready: pyproject.toml uv.lock $(UV)
+	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --frozen --quiet --python $(PY) --extra cpu --extra dev --inexact
+	VIRTUAL_ENV=$(VENV) $(UV) pip install --no-config --quiet $(TORCH_FROM) "torch==2.13.0+cpu"
+	touch $@
+
+models/tiny-llama/config.json: experiments/make_model.py $(VENV)/.ready
+	$(BIN)/python experiments/make_model.py tiny-llama models/tiny-llama
+
+quickstart: $(VENV)/.ready models/tiny-llama/config.json ## real vLLM on this CPU: sweep, confirm, recommend
+	$(BIN)/varcas sweep experiments/quickstart.yaml
+
+test: $(VENV)/.ready ## everything, with real vLLM, Ray and Locust inside
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.ready ## format, lint, types, layers, generated docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(UV) lock --check --quiet
+	$(BIN)/python docs/generate.py --check
+
+docs: $(VENV)/.ready ## write the generated pages anew
+	$(BIN)/python docs/generate.py
+
+bench: $(VENV)/.ready ## varcas's own overhead: driver, pool, store
+	$(BIN)/python benchmarks/driver_overhead.py
+	$(BIN)/python benchmarks/store_append.py
+
+clean:
+	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache
