@@ -1,0 +1,382 @@
+"""The command line: parse, call one function, print. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel
+
+from varcas import __version__
+from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
+from varcas.experiment import Experiment, Study, load_experiment
+
+app = typer.Typer(
+    name="varcas",
+    help="Finds the best way to serve a language model on the GPUs you have: real vLLM configurations, measured "
+    "under your chat traffic.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ExperimentArg = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="experiment file (YAML)")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, words on stderr")]
+ResultsOpt = Annotated[Path | None, typer.Option("--results", help="results directory [default: the experiment's, or results/]")]
+StudyArg = Annotated[
+    str | None, typer.Argument(metavar="[STUDY|EXPERIMENT]", help="study name or experiment file [default: the only study]")
+]
+
+
+class Format(StrEnum):
+    """How rows are printed."""
+
+    table = "table"
+    json = "json"
+    csv = "csv"
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"varcas {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Root options."""
+
+
+@app.command()
+def sweep(
+    experiment: ExperimentArg,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")] = None,
+    budget: Annotated[str | None, typer.Option(help="wall time to spend, confirmation included: 30m, 2h, 900s")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")] = None,
+    repeats: Annotated[int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Searches the experiment's space on real servers and prints what to deploy. Run it again to resume.
+
+    Example: `varcas sweep experiments/quickstart.yaml --budget 30m`
+    """
+    from varcas.live import Progress
+    from varcas.report import as_text
+    from varcas.sweep import sweep as run_sweep
+
+    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
+    stopping = threading.Event()
+    with _signals(stopping), Progress() as progress:
+        try:
+            answer = run_sweep(
+                loaded,
+                address=address,
+                budget_s=parse_duration(budget) if budget else None,
+                on_event=progress,
+                stopping=stopping,
+            )
+        except KeyboardInterrupt:
+            _interrupted(loaded)
+    _print(answer, as_json, as_text(answer))
+    print(f"results: {loaded.results}   (varcas results, varcas show N, varcas dashboard)", file=sys.stderr)
+    if not answer.has_answer:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command()
+def init(
+    model: Annotated[str, typer.Argument(help="hub id, or local directory with config.json")],
+    rate: Annotated[float, typer.Option(min=0.001, help="requests per second expected")] = 2.0,
+    slo: Annotated[list[str] | None, typer.Option(help="upper limit, e.g. ttft_p95_ms=500; may be repeated")] = None,
+    gpu: Annotated[str, typer.Option(help="GPU type, `cpu`, or `auto` for what is here")] = "auto",
+    profile: Annotated[str, typer.Option(help="chat-short, chat-medium or chat-long")] = "chat-medium",
+    name: Annotated[str | None, typer.Option(help="of the experiment [default: from model and GPU]")] = None,
+) -> None:
+    """Writes a commented experiment file for this GPU, model and vLLM version to stdout.
+
+    Example: `varcas init TheBloke/Llama-2-7B-AWQ --rate 20 --slo ttft_p95_ms=500 > my.yaml`
+    """
+    from varcas.starter import starter_file
+
+    print(starter_file(model, rate_rps=rate, slo=_slo(slo or []), gpu=gpu, profile=profile, name=name))
+
+
+@app.command()
+def validate(experiment: ExperimentArg, as_json: Json = False) -> None:
+    """Checks an experiment, and asks the installed vLLM about its flags and configurations. Starts no server.
+
+    Example: `varcas validate experiments/quickstart.yaml`
+    """
+    from varcas.validation import Validated, validated_text
+    from varcas.validation import validate as run_validate
+
+    answer: Validated = run_validate(load_experiment(experiment))
+    _print(answer, as_json, validated_text(answer))
+    if not answer.baseline_ok:
+        raise typer.Exit(InputError.exit_code)
+
+
+@app.command()
+def schema() -> None:
+    """Prints the JSON Schema of an experiment file, for editors.
+
+    Example: `varcas schema > experiment.schema.json`
+    """
+    print(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+@app.command()
+def results(
+    study: StudyArg = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="every column as CSV")] = False,
+    sql: Annotated[str | None, typer.Option(help="DuckDB SQL over the views trials, requests, samples")] = None,
+    sort: Annotated[str | None, typer.Option(help="column to sort by, `-column` for largest first")] = None,
+    invalid: Annotated[bool, typer.Option("--invalid", help="only measurements that are not to be believed")] = False,
+) -> None:
+    """Shows the trials of a study.
+
+    Example: `varcas results --sql "select number, output_tokens_per_s from trials order by 2 desc"`
+    """
+    from varcas.live import trials_table
+    from varcas.results import Results
+
+    out = Format.json if as_json else Format.csv if as_csv else Format.table
+    opened = Results(_results_path(study, results))
+    if sql:
+        _print_table(opened.sql(sql), out)
+        return
+    rows = opened.trials(_study_name(study), sort=sort)
+    rows = [row for row in rows if row.valid is False] if invalid else rows
+    if out is Format.table:
+        _rich(trials_table(rows))
+        return
+    dumped = [row.model_dump(mode="json") for row in rows]
+    print(json.dumps(dumped, indent=2) if out is Format.json else _csv(dumped), end="" if out is Format.csv else "\n")
+
+
+@app.command()
+def show(
+    number: Annotated[int, typer.Argument(help="number of the trial, as `varcas results` shows it")],
+    study: StudyArg = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Shows one trial: what it measured, or why it failed, with the log line, a hint and the command to reproduce it.
+
+    Example: `varcas show 7`
+    """
+    from varcas.results import Results, trial_text
+
+    row = Results(_results_path(study, results)).trial(number, _study_name(study))
+    _print(row, as_json, trial_text(row))
+
+
+@app.command()
+def recommend(study: StudyArg = None, results: ResultsOpt = None, as_json: Json = False) -> None:
+    """Prints what to deploy from what the store holds. Starts nothing.
+
+    Example: `varcas recommend --json`
+    """
+    from varcas.report import as_text
+    from varcas.results import Results
+
+    answer = Results(_results_path(study, results)).recommend(_study_name(study))
+    _print(answer, as_json, as_text(answer))
+    if not answer.has_answer:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command()
+def dashboard(
+    study: StudyArg = None,
+    results: ResultsOpt = None,
+    port: Annotated[int, typer.Option(help="to listen on, loopback only")] = 8080,
+    dry_run: Annotated[bool, typer.Option("--print", help="print the command in place of running it")] = False,
+) -> None:
+    """Opens optuna-dashboard on the study.
+
+    Example: `varcas dashboard experiments/quickstart.yaml`
+    """
+    from varcas.results import Results
+    from varcas.study import dashboard_command
+
+    opened = Results(_results_path(study, results))
+    argv = dashboard_command(opened.storage(_study_name(study)), port)
+    if dry_run:
+        print(shlex.join(argv))
+        return
+    print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
+    os.execv(argv[0], argv)  # noqa: S606
+
+
+@app.command()
+def doctor(
+    experiment: Annotated[Path | None, typer.Argument(help="check for this experiment's server and hardware")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says what is here (Python, vLLM, GPUs, Ray, ports, disk) and what is missing, with the fix.
+
+    Example: `varcas doctor experiments/quickstart.yaml`
+    """
+    from varcas.doctor import examine, report_text
+
+    report = examine(load_experiment(experiment) if experiment else None)
+    _print(report, as_json, report_text(report))
+    if not report.ok:
+        raise typer.Exit(VarcasError.exit_code)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `30m`, `2h`, `90s`, `1h30m` or plain seconds.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    if not text.strip() or match is None:
+        raise InputError(f"--budget: {text!r}: write 30m, 2h, 1h30m or 900s.")
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return hours * 3600 + minutes * 60 + seconds
+
+
+def _slo(pairs: list[str]) -> dict[str, float]:
+    limits: dict[str, float] = {}
+    for pair in pairs:
+        key, _, limit = pair.partition("=")
+        try:
+            limits[key.strip()] = float(limit)
+        except ValueError as error:
+            raise InputError(f"--slo: {pair!r}: write METRIC=LIMIT, e.g. ttft_p95_ms=500.") from error
+    return limits
+
+
+def _with(experiment: Experiment, *, results: Path | None, trials: int | None, repeats: int | None) -> Experiment:
+    """The experiment with the command line's values over the file's."""
+    study = {key: new for key, new in (("trials", trials), ("repeats", repeats)) if new is not None}
+    changed: dict[str, Any] = {}
+    if study:
+        changed["study"] = Study.model_validate({**experiment.study.model_dump(), **study})
+    if results is not None:
+        changed["results"] = str(results)
+    return experiment.model_copy(update=changed)
+
+
+def _results_path(study: str | None, results: Path | None) -> Path:
+    if results is not None:
+        return results
+    return Path(load_experiment(study).results) if study and _is_file(study) else Path("results")
+
+
+def _study_name(study: str | None) -> str | None:
+    return load_experiment(study).name if study and _is_file(study) else study
+
+
+def _is_file(text: str) -> bool:
+    return text.endswith((".yaml", ".yml"))
+
+
+def _print(answer: BaseModel, as_json: bool, text: str) -> None:
+    print(answer.model_dump_json(indent=2) if as_json else text)
+
+
+def _print_table(table: Any, out: Format) -> None:
+    rows: list[dict[str, Any]] = table.to_pylist()
+    if out is Format.json:
+        print(json.dumps(rows, indent=2, default=str))
+    elif out is Format.csv:
+        print(_csv(rows), end="")
+    else:
+        from rich.table import Table
+
+        shown = Table(box=None, pad_edge=False, header_style="bold")
+        for name in table.column_names:
+            shown.add_column(name, overflow="fold")
+        for row in rows:
+            shown.add_row(*("" if cell is None else str(cell) for cell in row.values()))
+        _rich(shown)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: json.dumps(v, default=str) if isinstance(v, dict | list) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def _rich(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+class _signals:  # noqa: N801
+    """Ctrl-C or SIGTERM once: finish cleanly; twice: leave at once (guardians end the servers)."""
+
+    def __init__(self, stopping: threading.Event) -> None:
+        self._stopping = stopping
+        self._old: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._handle)
+
+    def __exit__(self, *_: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping.is_set():
+            os._exit(EXIT_INTERRUPTED)
+        self._stopping.set()
+        print("stopping: running servers are ended, what is measured is kept (again: leave at once)", file=sys.stderr)
+
+
+def _interrupted(experiment: Experiment) -> NoReturn:
+    command = shlex.join(["python", "-m", "varcas", *sys.argv[1:]])
+    print(f"interrupted; everything measured is in {experiment.results}. Resume with:\n  {command}", file=sys.stderr)
+    raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def run(command: Callable[[], None]) -> int:
+    """Runs a command and returns its exit code; a `VarcasError` is a message, never a traceback."""
+    try:
+        command()
+    except VarcasError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `varcas results | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def main() -> None:
+    """Entry point of `varcas` and `python -m varcas`."""
+    sys.exit(run(lambda: app(prog_name="varcas")))

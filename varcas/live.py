@@ -1,0 +1,141 @@
+"""What a person sees while a sweep runs: a table on a terminal, plain lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from varcas.records import TrialRow
+from varcas.sweep import Event, Plan
+
+SHOWN_ROWS = 15
+
+
+def duration(seconds: float) -> str:
+    """`95 s`, `12 min`, `3.4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan in one line: starts, seconds each, what is kept for confirmation."""
+    space = "a continuous space" if plan.space_size is None else f"a space of {plan.space_size}"
+    parts = [
+        f"{plan.study}: up to {plan.search_starts} server starts over {space}",
+        f"about {plan.start_s:.0f} s to start and {plan.load_s:.0f} s of load each, {plan.width} at a time",
+        f"then {plan.confirm_starts} fresh starts to confirm" if plan.confirm_starts else "no confirmation starts",
+        f"at most {duration(plan.budget_s)}" if plan.budget_s else f"about {duration(plan.total_s)} in all",
+    ]
+    done = f"; {plan.search_done} already in the store" if plan.search_done else ""
+    return "; ".join(parts) + done
+
+
+def cell(value: float | None, digits: int = 1) -> str:
+    """A number for a table, `-` where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def proposal_text(row: TrialRow) -> str:
+    """What a row sets: the search's parameters, or `baseline`."""
+    if row.purpose == "baseline":
+        return "baseline"
+    params = json.loads(row.params_json) or json.loads(row.config_json)
+    text = " ".join(f"{name}={_short(value)}" for name, value in params.items())
+    return f"confirm {row.arm}: {text}" if row.purpose == "confirm" else text
+
+
+def _short(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def verdict_text(row: TrialRow) -> str:
+    """One word on a row: `ok`, `slo missed`, the failure kind, `not valid`."""
+    if row.state != "complete":
+        return row.reason_rule or row.failure_kind or row.state
+    if row.valid is False:
+        return "not valid: " + "; ".join(row.invalid_reasons)
+    marks = ["slo missed" if row.slo_met is False else "ok", *(["saturated"] if row.saturated else [])]
+    return ", ".join(marks)
+
+
+def trials_table(rows: Iterable[TrialRow], title: str | None = None) -> Table:
+    """Rows as people compare them."""
+    table = Table(title=title, box=None, pad_edge=False, header_style="bold")
+    table.add_column("#", justify="right")
+    table.add_column("configuration", overflow="fold")
+    for name in ("tok/s", "req/s", "TTFT p50 ms", "TPOT mean ms", "start s"):
+        table.add_column(name, justify="right")
+    table.add_column("result", overflow="fold")
+    for row in rows:
+        style = "red" if row.state in ("failed", "infeasible") else "yellow" if row.valid is False else None
+        table.add_row(
+            str(row.number),
+            Text(proposal_text(row)),
+            cell(row.output_tokens_per_s),
+            cell(row.request_rate_rps, 2),
+            cell(row.ttft_p50_ms, 0),
+            cell(row.tpot_mean_ms),
+            cell(row.server_start_s, 0),
+            Text(verdict_text(row)),
+            style=style,
+        )
+    return table
+
+
+def row_line(row: TrialRow) -> str:
+    """A row as one plain line."""
+    head = f"trial {row.number}: {proposal_text(row)}: {verdict_text(row)}"
+    if row.state != "complete":
+        return f"{head}: {row.failure_detail}"
+    return (
+        f"{head}: {cell(row.output_tokens_per_s)} tok/s, TTFT p50 {cell(row.ttft_p50_ms, 0)} ms, "
+        f"TPOT mean {cell(row.tpot_mean_ms)} ms (start {cell(row.server_start_s, 0)} s, "
+        f"overhead {cell(row.overhead_s, 2)} s)"
+    )
+
+
+class Progress:
+    """Shows a sweep's events; call it with each one."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stderr)
+        self._rows: list[TrialRow] = []
+        self._status = "starting"
+        self._live = Live(self._view(), console=self._console, refresh_per_second=2) if self._console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Takes one event in."""
+        text = plan_text(event.plan) if event.plan else row_line(event.row) if event.row else event.text
+        if event.row:
+            self._rows.append(event.row)
+        if self._live is None:
+            print(text, file=sys.stderr, flush=True)
+            return
+        if event.plan:
+            self._live.console.print(Text(text))
+        elif not event.row:
+            self._status = text
+        self._live.update(self._view())
+
+    def _view(self) -> Group:
+        hidden = max(0, len(self._rows) - SHOWN_ROWS)
+        note = [Text(f"... {hidden} earlier trials (varcas results)", style="dim")] if hidden else []
+        return Group(*note, trials_table(self._rows[-SHOWN_ROWS:]), Text(self._status, style="dim"))

@@ -1,0 +1,572 @@
+"""The main job: plan, propose, prune, run, record, confirm, recommend. One driver, which owns study and store."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from varcas.engine.failures import HINTS, RETRIED
+from varcas.engine.node import Node, NodeFacts, check_local_model
+from varcas.errors import InputError, VarcasError
+from varcas.experiment import Experiment
+from varcas.metrics import constraints_of, summarise
+from varcas.pool import Finished, Pool, in_ray_job
+from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, Sample, StageTimes, TrialRow
+from varcas.report import Recommendation, confirmations, find, recommend, write_scripts
+from varcas.space import ServingConfig, Space, check_flags
+from varcas.store import Store
+from varcas.study import Proposal, Study, open_study
+from varcas.trial import TrialTask, run_trial
+
+POLL_S = 0.25
+MAX_FINALISTS = 3
+"""Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
+GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
+"""Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
+MIN_STARTS = 3
+"""Fresh starts an arm below which the answer is "inconclusive" (DESIGN.md, 'Metrics')."""
+
+Run = Callable[[TrialTask, threading.Event], Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the sweep is about to spend."""
+
+    study: str
+    space_size: int | None
+    search_starts: int
+    search_done: int
+    confirm_starts: int
+    start_s: float
+    load_s: float
+    budget_s: float | None
+    width: int
+
+    @property
+    def total_s(self) -> float:
+        """Upper estimate of what is left, in wall seconds."""
+        starts = max(0, self.search_starts - self.search_done) + self.confirm_starts
+        estimate = starts * (self.start_s + self.load_s) / self.width
+        return min(estimate, self.budget_s) if self.budget_s else estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happens while a sweep runs, for whoever shows it."""
+
+    kind: Literal["plan", "note", "start", "row", "confirm"]
+    text: str = ""
+    plan: Plan | None = None
+    row: TrialRow | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One server start to make."""
+
+    proposal: Proposal
+    number: int
+    purpose: Purpose
+    arm: str | None = None
+    attempt: int = 0
+    submitted_s: float = field(default_factory=time.monotonic)
+
+    @property
+    def key(self) -> str:
+        """Names it in the pool."""
+        return f"{self.number}"
+
+
+def sweep(
+    experiment: Experiment,
+    *,
+    address: str | None = None,
+    budget_s: float | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stopping: threading.Event | None = None,
+    run: Run = run_trial,
+    **ray_options: Any,
+) -> Recommendation:
+    """Searches the experiment's space on real servers and returns what to deploy; resumes where it was stopped.
+
+    Args:
+        experiment: what to search (`load_experiment`).
+        address: of a Ray cluster; None starts a local Ray, or joins the cluster of the Ray job this runs in.
+        budget_s: wall seconds to spend at most, confirmation included.
+        on_event: told of the plan, of each start and each row.
+        stopping: set it to end early: running servers are stopped, everything measured so far is kept.
+        run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
+        ray_options: further arguments of `ray.init` for a local Ray.
+
+    Raises:
+        InputError: the experiment cannot be run as asked here; nothing was started.
+        VarcasError: the work failed.
+    """
+    space = Space(experiment)
+    check_paths(experiment)
+    check_local_model(experiment.model)
+    with Store(experiment.results) as store, Pool(experiment.hardware, address, **ray_options) as pool:
+        driver = Driver(experiment, space, store, pool, budget_s, on_event, stopping or threading.Event(), run)
+        with driver:
+            driver.search()
+            driver.confirm()
+            return driver.answer()
+
+
+def check_paths(experiment: Experiment) -> None:
+    """Refuses paths that would be lost: a Ray job's working directory is an evictable copy.
+
+    Raises:
+        InputError: a relative `results` or file storage in a Ray job.
+    """
+    if not in_ray_job():
+        return
+    places = {"results": experiment.results}
+    scheme, _, path = (experiment.study.storage or "").partition(":")
+    if scheme == "journal" or (scheme == "sqlite" and not path.startswith("////")):
+        places["study.storage"] = path.removeprefix("///")
+    for name, place in places.items():
+        if not Path(place).is_absolute():
+            raise InputError(
+                f"{name}: {place!r}: is relative, and a Ray job's working directory is a copy that Ray evicts. "
+                f"Give an absolute path on a disk that stays, e.g. --results /mnt/varcas/{Path(place).name or 'results'}."
+            )
+
+
+class Driver:
+    """One study's run. `search`, `confirm` and `answer` are called in that order."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        space: Space,
+        store: Store,
+        pool: Pool,
+        budget_s: float | None,
+        on_event: Callable[[Event], None],
+        stopping: threading.Event,
+        run: Run,
+    ) -> None:
+        self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
+        self._emit, self._stopping, self._run = on_event, stopping, run
+        self._deadline_s = time.monotonic() + budget_s if budget_s else None
+        self._budget_s = budget_s
+        self._began_s = time.monotonic()
+        self._jobs: dict[str, Job] = {}
+        self._held: Job | None = None
+        self.ended: str | None = None
+
+    def __enter__(self) -> Driver:
+        """Asks the node what it has, checks the experiment against it, and opens the study."""
+        experiment = self.experiment
+        self._note("asking vLLM on the node for its flags and its word on the configurations")
+        self._node = self.pool.service(Node, experiment.server, experiment.model, experiment.revision)
+        try:
+            self._open()
+        except BaseException:
+            self.pool.dismiss(self._node)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.cancel()
+        deadline_s = time.monotonic() + 2.5
+        while self.pool.busy and time.monotonic() < deadline_s:
+            self._collect()
+        self.pool.dismiss(self._node)
+
+    def _open(self) -> None:
+        experiment, node = self.experiment, self._node
+        timeout_s = experiment.server.download_timeout_s
+        self.facts: NodeFacts = self.pool.call(node, "facts", timeout_s=timeout_s)
+        known = self.pool.call(node, "flag_names", timeout_s=300.0)
+        for config in self.space.flags_named():
+            check_flags(config, known)
+        self._keep_fingerprint()
+        self._rows = self.store.rows(experiment.name)
+        self._next_number = max((row.number for row in self._rows), default=-1) + 1
+        storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
+        self.study: Study = open_study(experiment, self.space, storage, past=self._rows)
+        baseline = self.space.config(self.experiment.baseline)
+        if refused := self._refusal(baseline):
+            self._note(f"the baseline is refused by vLLM: {refused}")
+
+    def _keep_fingerprint(self) -> None:
+        """Rows of one study name must have measured the same thing.
+
+        Raises:
+            InputError: the name stands in this store with another model, workload, SLO, ...
+        """
+        now, name = self._fingerprint(), self.experiment.name
+        before = self.store.study(name)
+        if before is not None:
+            old = before["fingerprint"]
+            if changed := [key for key in now if old.get(key) != now[key]]:
+                key = changed[0]
+                raise InputError(
+                    f"name: {name!r}: {self.experiment.results} holds a study of that name with another {key} "
+                    f"({json.dumps(old.get(key))}, now {json.dumps(now[key])}): their rows cannot be compared. "
+                    "Give this experiment another `name`, or other `results`."
+                )
+        self.store.save_study(name, {"fingerprint": now, "experiment": json.loads(self.experiment.model_dump_json())})
+
+    def _fingerprint(self) -> dict[str, Any]:
+        e, facts = self.experiment, self.facts
+        return {
+            "model": e.model,
+            "model_revision": facts.model_revision,
+            "gpu": self.pool.slots.gpu,
+            "engine": e.engine,
+            "engine_version": facts.engine_version,
+            "server.env": dict(e.server.env),
+            "serve": dict(e.serve),
+            "baseline": dict(e.baseline),
+            "workload": json.loads(e.workload.model_dump_json()),
+            "slo": dict(e.slo),
+            "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
+        }
+
+    # search
+
+    def search(self) -> None:
+        """Runs the study until its budget, its space or its luck is spent."""
+        self._emit(Event("plan", plan=self.plan()))
+        while not self._stopping.is_set():
+            while not self._stopping.is_set() and (job := self._next_job()):
+                self._start(job)
+            if not self.pool.busy:
+                break
+            self._collect()
+        self.ended = self.study.ended or ("interrupted" if self._stopping.is_set() else self.ended)
+        if self._stopping.is_set():
+            raise KeyboardInterrupt
+
+    def _next_job(self) -> Job | None:
+        """The next configuration to start, None when there is no room, no time or nothing left."""
+        job, self._held = self._held, None
+        while job is None:
+            if self._out_of_time():
+                self.ended = "time budget spent"
+                return None
+            if not self.pool.has_room(1):
+                return None
+            proposal = self.study.propose()
+            if proposal is None:
+                return None
+            if self._answer_without_start(proposal):
+                continue
+            job = Job(proposal, self._number(), proposal.purpose, attempt=self._attempts(proposal.config))
+        if self.pool.has_room(job.proposal.config.num_gpus):
+            return job
+        self._held = job
+        return None
+
+    def _answer_without_start(self, proposal: Proposal) -> bool:
+        """Records what needs no GPU: a configuration that vLLM refuses, or that needs more GPUs than there are."""
+        config = proposal.config
+        refused, rule = self._refusal(config), "vllm_refuses"
+        if not refused and self.pool.slots.on_gpu and config.num_gpus > self.pool.slots.num_gpus:
+            refused = f"needs {config.num_gpus} GPUs, the experiment may use {self.pool.slots.num_gpus}"
+            rule = "needs_more_gpus"
+        if not refused:
+            return False
+        row = self._row(
+            Job(proposal, self._number(), proposal.purpose),
+            state="infeasible",
+            failure_kind="unsupported_by_engine",
+            failure_detail=refused,
+            failure_hint=HINTS["unsupported_by_engine"],
+            reason_rule=rule,
+        )
+        self._record(row, proposal)
+        return True
+
+    def _refusal(self, config: ServingConfig) -> str | None:
+        """What vLLM itself says against a configuration, before a GPU is touched."""
+        checked = self.pool.call(self._node, "check", config.argv(), timeout_s=300.0)
+        self._resolved = checked.resolved
+        return None if checked.ok else str(checked.error)
+
+    def _start(self, job: Job) -> None:
+        task = TrialTask(
+            trial_id=self._trial_id(job),
+            experiment=self.experiment,
+            config=job.proposal.config,
+            resolved=self._resolved or {},
+            log_dir=str(self._log_dir()),
+            num_gpus=job.proposal.config.num_gpus if self.pool.slots.on_gpu else 0,
+        )
+        self._jobs[job.key] = job
+        self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
+        self._emit(Event("start", text=_described(job)))
+
+    def _collect(self) -> None:
+        """Waits for the next trial to end, and records it: disk first, then Optuna."""
+        for finished in self.pool.finished(POLL_S):
+            job = self._jobs.pop(finished.key)
+            row, outcome = self._measured_row(job, finished)
+            self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
+
+    def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
+        load = outcome.load if outcome else None
+        samples = _windowed(outcome.samples, load.t0_monotonic_s) if outcome and load else ()
+        self.store.append(row, load.records if load else (), samples)
+        self._rows.append(row)
+        if proposal is not None:
+            self.study.tell(proposal, row, retry=row.failure_kind in RETRIED and row.state != "infeasible")
+        self._emit(Event("row", row=row))
+
+    # confirm
+
+    def confirm(self) -> None:
+        """Starts baseline and winner afresh, interleaved; the gain comes from these starts alone."""
+        if len(self.experiment.objectives) > 1 or self.experiment.study.repeats == 0:
+            return
+        for _ in range(MAX_FINALISTS):
+            pair = self._finalists()
+            if pair is None or not self._confirm_pair(*pair):
+                return
+
+    def _finalists(self) -> tuple[TrialRow, TrialRow] | None:
+        found = find(self._rows, self.experiment)
+        if found.baseline is None or found.winner is None or found.baseline.state != "complete":
+            return None
+        if found.baseline.config_hash == found.winner.config_hash:
+            return None
+        return found.baseline, found.winner
+
+    def _confirm_pair(self, baseline: TrialRow, winner: TrialRow) -> bool:
+        """Runs the missing starts of both arms; True when the winner failed and another must be confirmed."""
+        repeats = self.experiment.study.repeats
+        self._emit(Event("confirm", text=f"confirming trial {winner.number} against the baseline, {repeats} starts each"))
+        queue = self._missing(baseline, winner)
+        while queue or self.pool.busy:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            while queue and not self._out_of_time(reserve=False) and self.pool.has_room(queue[0][1].gpu_count or 1):
+                arm, row = queue.pop(0)
+                self._start(self._confirm_job(arm, row))
+            if not self.pool.busy:
+                self.ended = self.ended or "time budget spent"
+                return False
+            self._collect()
+            if find(self._rows, self.experiment).winner not in (winner, None):
+                return True
+            if not queue and not self.pool.busy:
+                queue = self._retries(baseline, winner)
+        return False
+
+    def _missing(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+        """Starts still to make, in the order B W W B B W ..., so that drift hits both arms alike."""
+        repeats = self.experiment.study.repeats
+        have = {
+            "baseline": len(confirmations(self._rows, "baseline", baseline.config_hash)),
+            "candidate": len(confirmations(self._rows, "candidate", winner.config_hash)),
+        }
+        rows = {"baseline": baseline, "candidate": winner}
+        order = [arm for i in range(repeats) for arm in (("baseline", "candidate") if i % 2 == 0 else ("candidate", "baseline"))]
+        for arm, done in have.items():
+            for _ in range(done):
+                if arm in order:
+                    order.remove(arm)
+        return [(arm, rows[arm]) for arm in order]
+
+    def _retries(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+        """Starts that were lost through no fault of the configuration, up to `max_retries` of them."""
+        lost = sum(row.purpose == "confirm" and row.failure_kind in RETRIED for row in self._rows)
+        return self._missing(baseline, winner) if lost <= self.experiment.study.max_retries else []
+
+    def _confirm_job(self, arm: str, row: TrialRow) -> Job:
+        flags = json.loads(row.config_json)
+        config = ServingConfig(self.experiment.model, self.experiment.revision, flags)
+        self._refusal(config)  # answered from memory: gives the resolved settings
+        proposal = Proposal(number=row.number, params=json.loads(row.params_json), flags=flags, config=config, purpose="confirm")
+        return Job(proposal, self._number(), "confirm", arm, self._attempts(config))
+
+    # answer
+
+    def answer(self) -> Recommendation:
+        """Writes the start scripts and returns the recommendation."""
+        directory = Path(self.experiment.results) / "studies" / self.experiment.name
+        script = write_scripts(self._rows, self.experiment, directory)
+        return recommend(self._rows, self.experiment, script=script, ended=self.ended)
+
+    # pieces
+
+    def plan(self) -> Plan:
+        """What is about to be spent, from the start times that this study's store has seen."""
+        workload, study = self.experiment.workload, self.experiment.study
+        measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
+        guess = GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
+        size = self.space.size()
+        searches = study.trials if size is None else min(study.trials, size + 1)
+        done = sum(row.purpose != "confirm" and row.server_start_s is not None for row in self._rows)
+        return Plan(
+            study=self.experiment.name,
+            space_size=size,
+            search_starts=searches,
+            search_done=done,
+            confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
+            start_s=statistics.median(measured) if measured else guess,
+            load_s=workload.warmup_s + workload.duration_s,
+            budget_s=self._budget_s,
+            width=self.pool.slots.num_gpus,
+        )
+
+    def _out_of_time(self, reserve: bool = True) -> bool:
+        """Whether one more search start would eat what confirmation needs."""
+        if self._deadline_s is None:
+            return False
+        plan = self.plan()
+        one_s = plan.start_s + plan.load_s
+        need_s = one_s + (plan.confirm_starts * one_s / plan.width if reserve else 0.0)
+        return time.monotonic() + need_s > self._deadline_s
+
+    def _number(self) -> int:
+        number = self._next_number
+        self._next_number += 1
+        return number
+
+    def _attempts(self, config: ServingConfig) -> int:
+        return sum(row.config_hash == config.hash for row in self._rows)
+
+    def _log_dir(self) -> Path:
+        return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
+
+    def _note(self, text: str) -> None:
+        self._emit(Event("note", text=text))
+
+    def _trial_key(self, config: ServingConfig) -> str:
+        identity = {
+            "model": self.experiment.model,
+            "model_revision": self.facts.model_revision,
+            "gpu": self.pool.slots.gpu,
+            "engine": self.experiment.engine,
+            "engine_version": self.facts.engine_version,
+            "env": dict(self.experiment.server.env),
+            "config": config.hash,
+            "workload": json.loads(self.experiment.workload.model_dump_json()),
+            "live": False,
+            "measurement_version": MEASUREMENT_VERSION,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    def _trial_id(self, job: Job) -> str:
+        parts = f"{self._trial_key(job.proposal.config)}:{self.experiment.name}:{job.purpose}:{job.attempt}"
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+    def _measured_row(self, job: Job, finished: Finished) -> tuple[TrialRow, Outcome | None]:
+        """A trial's row from its outcome, or from the loss of its worker."""
+        if finished.lost is not None:
+            kind = "worker_lost"
+            row = self._row(job, state="failed", failure_kind=kind, failure_detail=finished.lost, failure_hint=HINTS[kind])
+            return row, None
+        outcome: Outcome = finished.result
+        columns = outcome_columns(outcome, self.experiment)
+        wall_s = time.monotonic() - job.submitted_s
+        columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
+        return self._row(job, **columns), outcome
+
+    def _row(self, job: Job, **columns: Any) -> TrialRow:
+        e, config, workload = self.experiment, job.proposal.config, self.experiment.workload
+        fixed: dict[str, Any] = {
+            "trial_id": self._trial_id(job),
+            "trial_key": self._trial_key(config),
+            "study": e.name,
+            "number": job.number,
+            "server_id": self._trial_id(job)[:16],
+            "purpose": job.purpose,
+            "arm": job.arm,
+            "attempt": job.attempt,
+            "config_json": json.dumps(dict(config.flags), sort_keys=True),
+            "config_hash": config.hash,
+            "params_json": json.dumps(job.proposal.params, sort_keys=True),
+            "flags": {name: json.dumps(flag, sort_keys=True) for name, flag in config.flags.items()},
+            "command": config.command(e.server.python or "python3"),
+            "env_json": json.dumps(dict(e.server.env), sort_keys=True),
+            "resolved_json": json.dumps(self._resolved, sort_keys=True) if self._resolved else None,
+            "model": e.model,
+            "model_revision": self.facts.model_revision,
+            "engine": e.engine,
+            "engine_version": self.facts.engine_version,
+            "workload_json": workload.model_dump_json(),
+            "profile": workload.profile,
+            "rate_rps": float(workload.rate_rps),
+            "duration_s": float(workload.duration_s),
+            "seed": workload.seed,
+            "started_at": datetime.datetime.now(datetime.UTC),
+            "gpu_name": self.facts.gpu_name,
+            "gpu_count": config.num_gpus if self.pool.slots.on_gpu else 0,
+        }
+        return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
+
+
+def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
+    """The columns of a row that one server start decides: state, stage times, metrics, constraints."""
+    facts, times, kind = outcome.facts, outcome.times, outcome.failure_kind
+    columns: dict[str, Any] = {
+        "state": outcome.state,
+        "failure_kind": kind,
+        "failure_detail": outcome.failure_detail,
+        "failure_hint": HINTS[kind] if kind else None,
+        "started_at": outcome.started_at,
+        "host": outcome.host.host,
+        "gpu_name": outcome.host.gpu_name,
+        "driver_version": outcome.host.driver_version,
+        "resolved_json": json.dumps(facts.resolved, sort_keys=True) if facts.resolved else None,
+        "engine_version": facts.engine_version,
+        "kv_cache_tokens": facts.kv_cache_tokens,
+        "compile_s": facts.compile_s,
+        "compile_cache_hit": facts.compile_cache_hit,
+        "server_start_s": times.server_start_s,
+        "warmup_s": times.warmup_s,
+        "load_s": times.load_s,
+        "drain_s": times.drain_s,
+        "stop_s": times.stop_s,
+        "log_path": outcome.log_path,
+    }
+    if outcome.load is not None:
+        samples = _windowed(outcome.samples, outcome.load.t0_monotonic_s)
+        columns |= summarise(outcome.load, experiment.slo, samples)
+        if outcome.state == "complete":
+            columns |= constraints_of(outcome.load, experiment.slo)
+    return columns
+
+
+def _windowed(samples: Sequence[Sample], t0_monotonic_s: float) -> tuple[Sample, ...]:
+    """Samples on the clock of the records: seconds from the start of the window."""
+    import dataclasses
+
+    return tuple(dataclasses.replace(sample, t_s=sample.t_s - t0_monotonic_s) for sample in samples)
+
+
+def _staged_s(times: StageTimes) -> float:
+    return times.server_start_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
+
+
+def _described(job: Job) -> str:
+    what = json.dumps(job.proposal.params or dict(job.proposal.flags))
+    role = f"{job.purpose} {job.arm}" if job.arm else job.purpose
+    return f"trial {job.number} ({role}): {what}"
+
+
+def resume_command() -> str:
+    """What to type to go on: the command that was typed."""
+    import shlex
+    import sys
+
+    return shlex.join(["python", "-m", "varcas", *sys.argv[1:]])
+
+
+__all__ = ["Event", "Plan", "VarcasError", "check_paths", "os", "platform", "resume_command", "sweep"]
