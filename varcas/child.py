@@ -42,7 +42,7 @@ class Child:
         shm_removed: after `stop`, the names in /dev/shm that they left behind.
     """
 
-    def __init__(self, argv: Sequence[str], log: Path, linger_s: float, pipes: bool) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, pipes: bool) -> None:
         self.log = log
         self.pid = 0
         self.stdin: TextIO | None = None
@@ -50,7 +50,6 @@ class Child:
         self.killed: tuple[int, ...] = ()
         self.shm_removed: tuple[str, ...] = ()
         self._argv = tuple(argv)
-        self._linger_s = linger_s
         self._status: int | None = None
         self._failure: OSError | None = None
         self._guardian_pid = 0
@@ -88,12 +87,12 @@ class Child:
         """
         if sys.platform != "linux":
             raise VarcasError(f"running servers needs Linux, this is {sys.platform}")
-        child = cls(argv, log, linger_s, pipes)
+        child = cls(argv, log, pipes)
         child._tell({"argv": list(argv), "env": dict(env), "cwd": cwd and str(cwd), "linger_s": linger_s})
         try:
             child._wait_for_start()
         except BaseException:
-            child.close()
+            child.close(grace_s=0)
             raise
         return child
 
@@ -129,9 +128,9 @@ class Child:
         assert self._status is not None
         return self._status
 
-    def close(self) -> None:
+    def close(self, grace_s: float = STOP_GRACE_S) -> None:
         """Stops, if need be, and closes the pipes."""
-        self.stop(STOP_GRACE_S)
+        self.stop(grace_s)
         for pipe in (self.stdin, self.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -148,23 +147,132 @@ class Child:
         self.close()
 
     def _start_keeper(self, pipes: bool) -> tuple[subprocess.Popen[bytes], int]:
-        """Starts the guardian's two processes; returns the one that is ours, and where the status is read."""
-        with contextlib.ExitStack() as passed:
-            log = passed.enter_context(self.log.open("ab"))
+        """Starts the guardian's two processes; returns the one that is our child, and where the status is read."""
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            log = theirs.enter_context(self.log.open("ab", buffering=0))
             log.write(f"$ {shlex.join(self._argv)}\n".encode(errors="surrogateescape"))
-            log.flush()
-            status_fd, *fds = _pipe(passed)
+            ends = [_pipe(theirs, ours)]
             if pipes:
-                self.stdin, self.stdout = _wire(passed, fds)
-            # -P: not even the script's own folder is searched for modules (-I implies it)
-            command = [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), *map(str, fds)]
+                ends += [_pipe(ours, theirs)[::-1], _pipe(theirs, ours)]
+            passed = [fd for _, fd in ends]
             keeper = subprocess.Popen(
-                command,
+                [sys.executable, "-I", "-S", guardian.__file__, str(os.getpid()), *map(str, passed)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                bufsize=0,
-                pass_fds=fds,
+                pass_fds=passed,
                 start_new_session=True,
             )
+            ours.pop_all()
+        (status_fd, _), *wires = ends
+        if wires:
+            (stdin_fd, _), (stdout_fd, _) = wires
+            self.stdin = open(stdin_fd, "w", buffering=1, encoding="utf-8")  # noqa: SIM115
+            self.stdout = open(stdout_fd, encoding="utf-8", errors="replace")  # noqa: SIM115
         return keeper, status_fd
+
+    def _tell(self, command: dict[str, Any]) -> None:
+        """Writes a line to the guardian, if there still is one."""
+        lifeline = self._keeper.stdin
+        assert lifeline is not None
+        with self._lifeline_lock:
+            if not lifeline.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    lifeline.write(json.dumps(command).encode() + b"\n")
+                    lifeline.flush()
+
+    def _listen(self) -> None:
+        """Takes the guardian's reports until it is gone, in a thread of its own, and reaps what is ours."""
+        with open(self._status_fd, "rb") as reports:
+            for line in reports:
+                self._take(json.loads(line))
+        self._keeper.wait()
+        lifeline = self._keeper.stdin
+        assert lifeline is not None
+        with self._lifeline_lock, contextlib.suppress(BrokenPipeError):
+            lifeline.close()
+        if self._status is None:  # the guardian was killed, and the kernel killed the program with it
+            self._status = -signal.SIGKILL
+        for event in (self._exited, self._over, self._started):
+            event.set()
+
+    def _take(self, report: dict[str, Any]) -> None:
+        """Notes one report; the events are listed in `guardian.py`."""
+        match report["event"]:
+            case "failed":
+                self._failure = OSError(report["errno"], report["strerror"], report["path"])
+            case "started":
+                self.pid, self._guardian_pid = report["pid"], report["guardian"]
+                self._started.set()
+            case "exited":
+                self._status = report["status"]
+                self._exited.set()
+            case "gone":
+                self.killed, self.shm_removed = tuple(report["killed"]), tuple(report["shm_removed"])
+
+    def _wait_for_start(self) -> None:
+        """Returns once the program is executed."""
+        if not self._started.wait(START_TIMEOUT_S):
+            raise VarcasError(f"{self._argv[0]} was not executed within {START_TIMEOUT_S:.0f} s; see {self.log}")
+        if self._failure is not None:
+            raise self._failure
+        if not self.pid:
+            raise VarcasError(f"the guardian of {self._argv[0]} ended before it executed it; see {self.log}")
+
+    def _kill_without_guardian(self) -> None:
+        """Does the guardian's work, whatever keeps it from doing it, then ends it too."""
+        deadline_s = time.monotonic() + ANSWER_S
+        while (left := self.descendants()) and time.monotonic() < deadline_s:
+            guardian.kill(left)
+            time.sleep(0.01)
+        guardian.kill({self._guardian_pid} - {0})
+        if not self._over.wait(1.0):  # the keeper follows its guardian, unless it hangs as well
+            self._keeper.kill()
+        if left or not self._over.wait(1.0):
+            raise TrialError("hung", f"SIGKILL does not end process {sorted(left)} of {shlex.join(self._argv)}")
+
+
+def _pipe(write_end: contextlib.ExitStack, read_end: contextlib.ExitStack) -> tuple[int, int]:
+    """Returns a pipe's (read, write), each closed with the stack that owns that end."""
+    read_fd, write_fd = os.pipe()
+    read_end.callback(os.close, read_fd)
+    write_end.callback(os.close, write_fd)
+    return read_fd, write_fd
+
+
+def free_port() -> int:
+    """Returns a TCP port of 127.0.0.1 that nobody listens on now; somebody may a moment later."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def listener_is_ours(port: int, pids: Iterable[int]) -> bool:
+    """Returns whether somebody listens on this TCP port, and every such socket is open in one of `pids`."""
+    listening = _listening_inodes(port)
+    return bool(listening) and listening <= {inode for pid in pids for inode in _socket_inodes(pid)}
+
+
+def _listening_inodes(port: int) -> set[str]:
+    """Reads the kernel's tables: field 1 is address:port in hexadecimal, 3 the state, 9 the socket's inode."""
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(FileNotFoundError):  # no IPv6
+            for row in Path(table).read_text().splitlines()[1:]:
+                fields = row.split()
+                if fields[3] == LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    found.add(fields[9])
+    return found
+
+
+def _socket_inodes(pid: int) -> set[str]:
+    """Returns the inodes of the sockets that a process has open."""
+    found = set()
+    with contextlib.suppress(OSError):  # it ended
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                target = os.readlink(f"/proc/{pid}/fd/{fd}")
+                if target.startswith("socket:["):
+                    found.add(target[8:-1])
+    return found

@@ -20,6 +20,7 @@ guardian), `exited` (status: the return code, negative for a signal), `gone` (ki
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import select
@@ -229,13 +230,17 @@ def _shm_inodes_held(pids: Iterable[int]) -> set[int]:
 
 
 def _shm_opened(pid: int) -> set[int]:
-    found = set()
     try:
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            if os.readlink(path := f"/proc/{pid}/fd/{fd}").startswith(SHM + "/"):
+        paths = [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:  # it died, or is another user's
+        return set()
+    found = set()
+    for path in paths:
+        try:
+            if os.readlink(path).startswith(SHM + "/"):
                 found.add(os.stat(path).st_ino)
-    except OSError:  # it died or closed it meanwhile, or is another user's
-        return found
+        except OSError:  # closed meanwhile
+            continue
     return found
 
 
@@ -266,7 +271,10 @@ class Guardian:
         self.received = b""
         self.shm = SharedMemory()
         self.wake_fd = _wake_on(signal.SIGCHLD, signal.SIGTERM)
-        self.handlers: dict[int, Callable[[], None]] = {LIFELINE_FD: self.read_lifeline, self.wake_fd: self.read_signals}
+        self.handlers: dict[int, Callable[[], None]] = {
+            LIFELINE_FD: self.read_lifeline,
+            self.wake_fd: self.read_signals,
+        }
         if self.shm.fd is not None:
             self.handlers[self.shm.fd] = self.shm.note
         if owner_fd is not None:
@@ -422,6 +430,9 @@ def become(
         os.execvpe(argv[0], argv, env)
     except OSError as error:
         report = {"errno": error.errno, "strerror": error.strerror, "path": blamed}
+        os.write(failure_fd, json.dumps(report).encode())
+    except ValueError as error:  # a NUL, or a "=" in a variable's name
+        report = {"errno": errno.EINVAL, "strerror": str(error), "path": blamed}
         os.write(failure_fd, json.dumps(report).encode())
     finally:
         os._exit(127)
