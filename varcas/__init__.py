@@ -18,16 +18,16 @@ __all__ = ["Results", "__version__", "load_experiment", "sweep"]
 if TYPE_CHECKING:
     from varcas.experiment import load_experiment
     from varcas.results import Results
-    from varcas.sweep import sweep
+    from varcas.sweeper import sweep
 
 
 def __getattr__(name: str) -> Any:
     """Imports on first use: `import varcas` alone loads no heavy library (PEP 562)."""
     import importlib
 
-    homes = {"load_experiment": "varcas.experiment", "Results": "varcas.results", "sweep": "varcas.sweep"}
+    homes = {"load_experiment": "varcas.experiment", "Results": "varcas.results", "sweep": "varcas.sweeper"}
     if name not in homes:
         raise AttributeError(f"module 'varcas' has no attribute {name!r}")
     found = getattr(importlib.import_module(homes[name]), name)
-    globals()[name] = found  # a submodule of the same name (varcas.sweep) must not shadow the function
+    globals()[name] = found
     return found

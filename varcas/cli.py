@@ -80,7 +80,7 @@ def sweep(
     """
     from varcas.live import Progress
     from varcas.report import as_text
-    from varcas.sweep import sweep as run_sweep
+    from varcas.sweeper import sweep as run_sweep
 
     loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
     stopping = threading.Event()

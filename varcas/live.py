@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from varcas.records import TrialRow
-from varcas.sweep import Event, Plan
+from varcas.sweeper import Event, Plan
 
 SHOWN_ROWS = 15
 

@@ -117,11 +117,11 @@ def sweep(
     check_paths(experiment)
     check_local_model(experiment.model)
     with Store(experiment.results) as store, Pool(experiment.hardware, address, **ray_options) as pool:
-        driver = Driver(experiment, space, store, pool, budget_s, on_event, stopping or threading.Event(), run)
-        with driver:
-            driver.search()
-            driver.confirm()
-            return driver.answer()
+        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stopping or threading.Event(), run)
+        with sweeper:
+            sweeper.search()
+            sweeper.confirm()
+            return sweeper.answer()
 
 
 def check_paths(experiment: Experiment) -> None:
@@ -144,7 +144,7 @@ def check_paths(experiment: Experiment) -> None:
             )
 
 
-class Driver:
+class Sweeper:
     """One study's run. `search`, `confirm` and `answer` are called in that order."""
 
     def __init__(
@@ -167,7 +167,7 @@ class Driver:
         self._held: Job | None = None
         self.ended: str | None = None
 
-    def __enter__(self) -> Driver:
+    def __enter__(self) -> Sweeper:
         """Asks the node what it has, checks the experiment against it, and opens the study."""
         experiment = self.experiment
         self._note("asking vLLM on the node for its flags and its word on the configurations")
