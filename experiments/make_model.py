@@ -118,7 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=sorted(SHAPES))
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--no-chat-template", action="store_true", help="make a base model, which vLLM refuses to chat with")
+    parser.add_argument(
+        "--no-chat-template", action="store_true", help="make a base model, which vLLM refuses to chat with"
+    )
     args = parser.parse_args()
     make_model(args.shape, args.directory, chat_template=not args.no_chat_template)
     print(f"{args.shape}: {args.directory}", file=sys.stderr)

@@ -1,11 +1,11 @@
 """varcas finds the best way to serve a language model on the GPUs you have.
 
-    import varcas
+import varcas
 
-    experiment = varcas.load_experiment("experiments/quickstart.yaml")
-    answer = varcas.sweep(experiment)
-    print(answer.headline, answer.deploy)
-    rows = varcas.Results("results").trials("quickstart")
+experiment = varcas.load_experiment("experiments/quickstart.yaml")
+answer = varcas.sweep(experiment)
+print(answer.headline, answer.deploy)
+rows = varcas.Results("results").trials("quickstart")
 """
 
 from __future__ import annotations

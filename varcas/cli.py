@@ -37,9 +37,12 @@ app = typer.Typer(
 
 ExperimentArg = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="experiment file (YAML)")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, words on stderr")]
-ResultsOpt = Annotated[Path | None, typer.Option("--results", help="results directory [default: the experiment's, or results/]")]
+ResultsOpt = Annotated[
+    Path | None, typer.Option("--results", help="results directory [default: the experiment's, or results/]")
+]
 StudyArg = Annotated[
-    str | None, typer.Argument(metavar="[STUDY|EXPERIMENT]", help="study name or experiment file [default: the only study]")
+    str | None,
+    typer.Argument(metavar="[STUDY|EXPERIMENT]", help="study name or experiment file [default: the only study]"),
 ]
 
 
@@ -59,7 +62,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Root options."""
 
@@ -67,10 +72,16 @@ def _root(
 @app.command()
 def sweep(
     experiment: ExperimentArg,
-    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="wall time to spend, confirmation included: 30m, 2h, 900s")] = None,
-    trials: Annotated[int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")] = None,
-    repeats: Annotated[int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")
+    ] = None,
     results: ResultsOpt = None,
     as_json: Json = False,
 ) -> None:

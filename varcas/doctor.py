@@ -69,7 +69,9 @@ def examine(experiment: Experiment | None = None) -> Report:
 def _python() -> Check:
     found = f"{platform.python_version()} at {sys.executable}, varcas {__version__}, {platform.platform()}"
     if sys.platform != "linux":
-        return Check(name="python", status="warning", found=found, fix="servers run on Linux: sweep there or on a cluster")
+        return Check(
+            name="python", status="warning", found=found, fix="servers run on Linux: sweep there or on a cluster"
+        )
     return Check(name="python", status="ok", found=found)
 
 
@@ -97,10 +99,17 @@ def _vllm(server: Server) -> Check:
 def _gpus(wanted: str) -> Check:
     gpus = hardware.gpus()
     if gpus:
-        found = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB, driver {gpu.driver_version})" for gpu in gpus)
+        found = ", ".join(
+            f"{gpu.name} ({gpu.memory_bytes / 2**30:.0f} GiB, driver {gpu.driver_version})" for gpu in gpus
+        )
         if wanted in ("auto", "cpu") or any(gpu.kind == wanted for gpu in gpus):
             return Check(name="gpu", status="ok", found=found)
-        return Check(name="gpu", status="missing", found=found, fix=f"the experiment wants {wanted}: join a cluster with --address")
+        return Check(
+            name="gpu",
+            status="missing",
+            found=found,
+            fix=f"the experiment wants {wanted}: join a cluster with --address",
+        )
     if wanted == "cpu":
         return Check(name="gpu", status="ok", found="none, and none is asked for")
     status: Literal["warning", "missing"] = "warning" if wanted == "auto" else "missing"
@@ -127,16 +136,22 @@ def _disk(results: Path) -> Check:
     free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.0f} GB free at {place}"
     if not os.access(place, os.W_OK):
-        return Check(name="disk", status="missing", found=f"{place} is not writable", fix="give --results a writable path")
+        return Check(
+            name="disk", status="missing", found=f"{place} is not writable", fix="give --results a writable path"
+        )
     if free < LEAST_FREE_BYTES:
-        return Check(name="disk", status="warning", found=found, fix="free some space: models and compile caches need it")
+        return Check(
+            name="disk", status="warning", found=found, fix="free some space: models and compile caches need it"
+        )
     return Check(name="disk", status="ok", found=found)
 
 
 def _shared_memory() -> Check:
     shm = Path("/dev/shm")
     if not shm.exists():
-        return Check(name="shared memory", status="warning", found="no /dev/shm", fix="mount one: vLLM's processes use it")
+        return Check(
+            name="shared memory", status="warning", found="no /dev/shm", fix="mount one: vLLM's processes use it"
+        )
     free = shutil.disk_usage(shm).free
     found = f"{free / 1e9:.1f} GB free in /dev/shm"
     if free < 10**9:

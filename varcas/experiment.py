@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from varcas.errors import InputError, nearest
@@ -62,7 +72,7 @@ class Server(BaseModel):
     def _no_secret(cls, env: dict[str, str]) -> dict[str, str]:
         if secret := [name for name in env if re.search(r"TOKEN|API_KEY|SECRET|PASSWORD", name.upper())]:
             raise ValueError(
-                f"{', '.join(secret)}: secrets are taken from the environment of the worker, never from the file, "
+                f"{secret[0]}: secrets are taken from the environment of the worker, never from the file, "
                 "which is stored with every result"
             )
         return env
@@ -106,7 +116,9 @@ class Objective(BaseModel):
                 f"{self.metric!r} is no metric.{nearest(self.metric, OBJECTIVES)} Known: {', '.join(OBJECTIVES)}"
             )
         if OBJECTIVES[self.metric] != direction:
-            raise ValueError(f"{self.metric} is better when {OBJECTIVES[self.metric]}d: write `{OBJECTIVES[self.metric]}:`")
+            raise ValueError(
+                f"{self.metric} is better when {OBJECTIVES[self.metric]}d: write `{OBJECTIVES[self.metric]}:`"
+            )
         return self
 
     @property
@@ -177,7 +189,32 @@ class Choices(BaseModel):
         return choices
 
 
+def _entry_kind(entry: Any) -> str | None:
+    """Which of the two an entry is, so that an error speaks of that one alone."""
+    if isinstance(entry, Choices | Range):
+        return type(entry).__name__
+    if not isinstance(entry, Mapping):
+        return None
+    return "Range" if {"low", "high"} & set(entry) else "Choices"
+
+
+def _objective_kind(entry: Any) -> str:
+    return "several" if isinstance(entry, list | tuple) else "one"
+
+
 Flags = dict[str, JsonValue]
+SpaceEntry = Annotated[
+    Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")],
+    Discriminator(
+        _entry_kind,
+        custom_error_type="space_entry",
+        custom_error_message="an entry is `{choices: [...]}` or `{low: 1, high: 8}`",
+    ),
+]
+Objectives = Annotated[
+    Annotated[Objective, Tag("one")] | Annotated[list[Objective], Field(min_length=1), Tag("several")],
+    Discriminator(_objective_kind),
+]
 
 
 class Experiment(BaseModel):
@@ -192,22 +229,14 @@ class Experiment(BaseModel):
     server: Server = Field(default_factory=Server)
     serve: Flags = Field(default_factory=dict, description="fixed flags, spelled as vLLM spells them")
     baseline: Flags = Field(default_factory=dict, description="flags over `serve` of the configuration to beat")
-    space: dict[str, Choices | Range] = Field(default_factory=dict, description="flags to search")
+    space: dict[str, SpaceEntry] = Field(default_factory=dict, description="flags to search")
     workload: Workload
     slo: dict[str, float] = Field(default_factory=dict, description="e.g. `ttft_p95_ms: 2000`; upper limits")
-    objective: Objective | list[Objective] = Field(
+    objective: Objectives = Field(
         default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
     )
     study: Study = Field(default_factory=Study)
     results: str = Field(default="results/", description="a local or shared path")
-
-    @field_validator("space", mode="before")
-    @classmethod
-    def _told_apart(cls, space: Any) -> Any:
-        """Builds each entry as what its keys say it is, so that an error speaks of that one alone."""
-        if not isinstance(space, Mapping):
-            return space
-        return {flag: _space_entry(flag, entry) for flag, entry in space.items()}
 
     @field_validator("serve", "baseline", "space")
     @classmethod
@@ -217,7 +246,7 @@ class Experiment(BaseModel):
                 raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
             if not FLAG.match(flag):
                 fixed = flag.strip("-").replace("-", "_").lower()
-                raise ValueError(f"{flag!r} is no flag name: write {fixed} (no dashes, underscores)")
+                raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
         return flags
 
     @field_validator("slo")
@@ -226,17 +255,17 @@ class Experiment(BaseModel):
         for key, limit in slo.items():
             if key not in LATENCY_METRICS:
                 raise ValueError(
-                    f"{key!r} is no latency limit.{nearest(key, LATENCY_METRICS)} "
+                    f"{key}: no latency limit.{nearest(key, LATENCY_METRICS)} "
                     "Allowed: ttft, tpot, itl, e2e with _mean, _p50, _p90, _p95, _p99 or _p99_9 and _ms"
                 )
             if not limit > 0:
-                raise ValueError(f"{key}: {limit} must be above 0")
+                raise ValueError(f"{key}: {limit:g} must be above 0")
         return slo
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
         if both := sorted(set(self.serve) & set(self.space)):
-            raise ValueError(f"{', '.join(both)}: both in `serve` and in `space`; take it out of one")
+            raise ValueError(f"{both[0]} stands both in `serve` and in `space`: take it out of one")
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
         return self
@@ -245,14 +274,6 @@ class Experiment(BaseModel):
     def objectives(self) -> tuple[Objective, ...]:
         """One, or several for a Pareto front."""
         return tuple(self.objective) if isinstance(self.objective, list) else (self.objective,)
-
-
-def _space_entry(flag: str, entry: Any) -> Any:
-    if not isinstance(entry, Mapping):
-        hint = f"{{choices: {json.dumps(entry)}}}" if isinstance(entry, list) else f"{{choices: [{json.dumps(entry)}]}}"
-        raise ValueError(f"{flag}: a space is `{{choices: [...]}}` or `{{low: 1, high: 8}}`, e.g. {flag}: {hint}")
-    kind = Range if {"low", "high"} & set(entry) else Choices
-    return kind.model_validate_json(json.dumps(entry))
 
 
 def load_experiment(path: str | Path) -> Experiment:
@@ -281,13 +302,18 @@ def parse_experiment(text: str, origin: str = "<experiment>") -> Experiment:
     except _DuplicateKeyError as error:
         raise InputError(f"{origin}:{error.line}: {error.key}: stands twice; keep one.") from error
     if not isinstance(data, dict):
-        raise InputError(f"{origin}:1: an experiment is a mapping with `name`, `model`, `workload`, ...; see `varcas init`")
+        raise InputError(
+            f"{origin}:1: an experiment is a mapping with `name`, `model`, `workload`, ...; see `varcas init`"
+        )
     try:
         return Experiment.model_validate_json(json.dumps(data))
     except TypeError as error:
-        raise InputError(f"{origin}: {error}: quote the value; only text, numbers, true, false and null are allowed") from error
+        raise InputError(
+            f"{origin}: {error}: quote the value; only text, numbers, true, false and null are allowed"
+        ) from error
     except ValidationError as error:
-        raise InputError("\n".join(_message(detail, lines, origin) for detail in error.errors())) from error
+        details = [detail for detail in error.errors() if not _is_misspelling(detail, error.errors())]
+        raise InputError("\n".join(_message(detail, lines, origin) for detail in details)) from error
 
 
 class _DuplicateKeyError(Exception):
@@ -319,18 +345,43 @@ def line_of(path: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], i
     return lines.get(path, 1)
 
 
+TAG_AT = {"space": 2, "objective": 1}
+"""Where pydantic puts the tag of a union into an error's location."""
+
+
+def _place(detail: ErrorDetails) -> tuple[str | int, ...]:
+    """The error's location in the file."""
+    loc = detail["loc"]
+    at = TAG_AT.get(str(loc[0])) if loc else None
+    return loc if at is None else (*loc[:at], *loc[at + 1 :])
+
+
+def _is_misspelling(missing: ErrorDetails, others: Sequence[ErrorDetails]) -> bool:
+    """A key that is missing because it stands there misspelt: the other error says so already."""
+    return missing["type"] == "missing" and any(
+        other["type"] == "extra_forbidden"
+        and other["loc"][:-1] == missing["loc"][:-1]
+        and nearest(str(other["loc"][-1]), [str(missing["loc"][-1])])
+        for other in others
+    )
+
+
 def _message(detail: ErrorDetails, lines: Mapping[tuple[str | int, ...], int], origin: str) -> str:
-    loc = tuple(part for part in detail["loc"] if part not in ("Objective", "list[Objective]", "Choices", "Range"))
-    field = ".".join(map(str, loc)) or "experiment"
-    line, text = line_of(loc, lines), detail["msg"].removeprefix("Value error, ")
+    loc, text = _place(detail), detail["msg"].removeprefix("Value error, ")
+    key, colon, rest = text.partition(": ")
+    if colon and (*loc, key.strip("'")) in lines:  # a validator of ours that names the key at fault
+        loc, text = (*loc, key.strip("'")), rest
+    field, at = ".".join(map(str, loc)) or "experiment", f"{origin}:{line_of(loc, lines)}"
     if detail["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
-        return f"{origin}:{line}: {field}: unknown key.{nearest(str(loc[-1]), known)} Known here: {', '.join(known)}"
+        return f"{at}: {field}: unknown key.{nearest(str(loc[-1]), known)} Known here: {', '.join(known)}"
     if detail["type"] == "missing":
-        return f"{origin}:{line}: {field}: missing. Add it; `varcas schema` describes it, `varcas init` writes a whole file."
+        return f"{at}: {field}: missing. Add it; `varcas schema` describes it, `varcas init` writes a whole file."
     given = detail["input"]
+    if detail["type"] == "space_entry":
+        text += f", e.g. {loc[-1]}: {{choices: {json.dumps(given if isinstance(given, list) else [given])}}}"
     value = "" if isinstance(given, dict | list) else f"{json.dumps(given, default=str)}: "
-    return f"{origin}:{line}: {field}: {value}{text[:1].lower()}{text[1:]}"
+    return f"{at}: {field}: {value}{text.replace('Input should', 'should')}"
 
 
 def _known_keys(loc: tuple[str | int, ...]) -> list[str]:

@@ -1,7 +1,7 @@
 """The parent of one program, which it does not let outlive their owner.
 
-Run as a script by its path, with the standard library alone (`python -I -S guardian.py OWNER_PID STATUS_FD ...`), so
-that it is up in tens of milliseconds and needs nothing that the program's environment could break. `child.py` starts it.
+Run as a script by its path (`python -I -S guardian.py OWNER_PID STATUS_FD ...`), with the standard library alone: it
+is up in some 30 ms, and needs nothing that the program's environment could break. `child.py` starts it.
 
 Two processes, each a subreaper, so that no orphan escapes to init:
 
@@ -392,7 +392,7 @@ def _wake_on(*signals: signal.Signals) -> int:
 
 
 def spawn(
-    argv: Sequence[str], env: dict[str, str], cwd: str | None, fds: Sequence[int]
+    argv: list[str], env: dict[str, str], cwd: str | None, fds: Sequence[int]
 ) -> tuple[int, dict[str, Any] | None]:
     """Starts the program in a session of its own; returns its pid, and why it could not be executed or None."""
     read_fd, write_fd = os.pipe()
@@ -407,7 +407,7 @@ def spawn(
 
 
 def become(
-    argv: Sequence[str], env: dict[str, str], cwd: str | None, fds: Sequence[int], guardian: int, failure_fd: int
+    argv: list[str], env: dict[str, str], cwd: str | None, fds: Sequence[int], guardian: int, failure_fd: int
 ) -> NoReturn:
     """Turns this fork into the program, or writes why not."""
     blamed = argv[0]
@@ -477,7 +477,10 @@ def main(args: Sequence[str]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, [signal.SIGCHLD, signal.SIGTERM])
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    owner_fd = watch_owner(owner)
+    try:
+        owner_fd = watch_owner(owner)
+    except ProcessLookupError:
+        return
     if pid := os.fork():
         for fd in (LIFELINE_FD, *fds):
             os.close(fd)

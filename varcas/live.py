@@ -110,14 +110,18 @@ class Progress:
         self._console = Console(file=sys.stderr)
         self._rows: list[TrialRow] = []
         self._status = "starting"
-        self._live = Live(self._view(), console=self._console, refresh_per_second=2) if self._console.is_terminal else None
+        self._live = (
+            Live(self._view(), console=self._console, refresh_per_second=2) if self._console.is_terminal else None
+        )
 
     def __enter__(self) -> Self:
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 

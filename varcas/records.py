@@ -259,7 +259,9 @@ class TrialRow(BaseModel):
     output_tokens_per_s: float | None = _doc("output tokens that arrived in the window, per second of it")
     output_tokens_per_s_lo: float | None = _doc("lower end of the 95 % interval within this start")
     output_tokens_per_s_hi: float | None = _doc("upper end of it")
-    prompt_tokens_per_s: float | None = _doc("prompt tokens of requests whose first token arrived in the window, per second")
+    prompt_tokens_per_s: float | None = _doc(
+        "prompt tokens of requests whose first token arrived in the window, per second"
+    )
     request_rate_rps: float | None = _doc("requests completed in the window, per second")
     goodput_rps: float | None = _doc("requests of the window that met every per-request SLO limit, per second")
     capacity_rps: float | None = _doc("highest rate that meets the SLO")

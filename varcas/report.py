@@ -27,7 +27,9 @@ class Arm(BaseModel):
     flags: dict[str, JsonValue]
     command: str | None
     number: int = Field(description="of the search trial that proposed it")
-    search_value: float | None = Field(description="the objective in the search: it chose the winner, so it flatters it")
+    search_value: float | None = Field(
+        description="the objective in the search: it chose the winner, so it flatters it"
+    )
     values: list[float] = Field(description="the objective in each valid confirmation start")
     starts: int = Field(description="confirmation starts made")
     failed_starts: int = Field(description="of them, those that failed or measured nothing to be believed")
@@ -75,7 +77,9 @@ class Recommendation(BaseModel):
     objective: str
     slo: dict[str, float]
     deploy: dict[str, JsonValue] | None = Field(description="the flags to deploy; null when nothing can be")
-    changes: dict[str, JsonValue] = Field(description="what these flags change against the baseline; null: flag left out")
+    changes: dict[str, JsonValue] = Field(
+        description="what these flags change against the baseline; null: flag left out"
+    )
     command: str | None
     script: str | None = Field(description="path of the start script")
     baseline: Arm | None
@@ -265,7 +269,9 @@ def _verdict(finding: Finding, gain: GainOut | None, winner: Arm | None, experim
         return "better"  # it meets an SLO that the baseline misses, in every fresh start
     if gain is None:
         return "unconfirmed"
-    better = gain.lo is not None and gain.hi is not None and (gain.lo > 1 if gain.direction == "maximize" else gain.hi < 1)
+    better = (
+        gain.lo is not None and gain.hi is not None and (gain.lo > 1 if gain.direction == "maximize" else gain.hi < 1)
+    )
     missed = winner.slo_met_starts is not None and winner.slo_met_starts < len(winner.values)
     return "better" if better and not missed and not winner.failed_starts else "inconclusive"
 
@@ -414,7 +420,9 @@ def as_text(answer: Recommendation) -> str:
         lines += ["", "Deploy:", f"  {answer.script or answer.command}"]
     if answer.front:
         lines += ["", "Pareto front:"]
-        lines += [_arm_line(f"trial {arm.number} {json.dumps(arm.flags)}", arm, answer.objective) for arm in answer.front]
+        lines += [
+            _arm_line(f"trial {arm.number} {json.dumps(arm.flags)}", arm, answer.objective) for arm in answer.front
+        ]
     if answer.failures:
         lines += ["", "Failed or refused:"]
         lines += [_failure_line(failure) for failure in answer.failures]

@@ -27,7 +27,18 @@ class Candidate:
 
 
 # Compute capability times 10, from NVIDIA's table (developer.nvidia.com/cuda-gpus).
-SM = {"V100": 70, "T4": 75, "A100": 80, "A10": 86, "A10G": 86, "L4": 89, "L40S": 89, "H100": 90, "H200": 90, "B200": 100}
+SM = {
+    "V100": 70,
+    "T4": 75,
+    "A100": 80,
+    "A10": 86,
+    "A10G": 86,
+    "L4": 89,
+    "L40S": 89,
+    "H100": 90,
+    "H200": 90,
+    "B200": 100,
+}
 
 CANDIDATES = (
     Candidate("max_num_seqs", "[4, 8, 16, 32, 64, 128, 256]", "sequences decoded together: throughput against TPOT"),

@@ -349,7 +349,9 @@ class Sweeper:
     def _confirm_pair(self, baseline: TrialRow, winner: TrialRow) -> bool:
         """Runs the missing starts of both arms; True when the winner failed and another must be confirmed."""
         repeats = self.experiment.study.repeats
-        self._emit(Event("confirm", text=f"confirming trial {winner.number} against the baseline, {repeats} starts each"))
+        self._emit(
+            Event("confirm", text=f"confirming trial {winner.number} against the baseline, {repeats} starts each")
+        )
         queue = self._missing(baseline, winner)
         while queue or self.pool.busy:
             if self._stopping.is_set():
@@ -375,7 +377,11 @@ class Sweeper:
             "candidate": len(confirmations(self._rows, "candidate", winner.config_hash)),
         }
         rows = {"baseline": baseline, "candidate": winner}
-        order = [arm for i in range(repeats) for arm in (("baseline", "candidate") if i % 2 == 0 else ("candidate", "baseline"))]
+        order = [
+            arm
+            for i in range(repeats)
+            for arm in (("baseline", "candidate") if i % 2 == 0 else ("candidate", "baseline"))
+        ]
         for arm, done in have.items():
             for _ in range(done):
                 if arm in order:
@@ -391,7 +397,9 @@ class Sweeper:
         flags = json.loads(row.config_json)
         config = ServingConfig(self.experiment.model, self.experiment.revision, flags)
         self._refusal(config)  # answered from memory: gives the resolved settings
-        proposal = Proposal(number=row.number, params=json.loads(row.params_json), flags=flags, config=config, purpose="confirm")
+        proposal = Proposal(
+            number=row.number, params=json.loads(row.params_json), flags=flags, config=config, purpose="confirm"
+        )
         return Job(proposal, self._number(), "confirm", arm, self._attempts(config))
 
     # answer
@@ -470,7 +478,9 @@ class Sweeper:
         """A trial's row from its outcome, or from the loss of its worker."""
         if finished.lost is not None:
             kind = "worker_lost"
-            row = self._row(job, state="failed", failure_kind=kind, failure_detail=finished.lost, failure_hint=HINTS[kind])
+            row = self._row(
+                job, state="failed", failure_kind=kind, failure_detail=finished.lost, failure_hint=HINTS[kind]
+            )
             return row, None
         outcome: Outcome = finished.result
         columns = outcome_columns(outcome, self.experiment)

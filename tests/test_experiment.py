@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from varcas.errors import InputError
+from varcas.experiment import Choices, Experiment, Range, load_experiment, parse_experiment
+
+GOOD = """\
+name: t
+model: some/model
+workload: {profile: chat-short, rate_rps: 2}
+"""
+EXPERIMENTS = sorted(Path("experiments").glob("*.yaml"))
+
+
+def error(text: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parse_experiment(text, "x.yaml")
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
+def test_every_experiment_in_the_repository_is_well_formed(path: Path) -> None:
+    experiment = load_experiment(path)
+    jsonschema.validate(yaml.safe_load(path.read_text()), Experiment.model_json_schema())
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD + "hardwre: {}\n", ["x.yaml:4", "hardwre", "Did you mean hardware?", "Known here"]),
+        (GOOD + "hardware:\n  gpu: T4\n  cont: 2\n", ["x.yaml:6", "hardware.cont", "count"]),
+        (GOOD + "study: {trials: many}\n", ["x.yaml:4", "study.trials", '"many"', "integer"]),
+        (GOOD + "study: {trials: 0}\n", ["x.yaml:4", "study.trials", "0", "greater than or equal to 1"]),
+        ("name: t\nmodel: m\nworkload: {profile: chat-short}\n", ["x.yaml:3", "workload.rate_rps", "missing"]),
+        (GOOD + "name: again\n", ["x.yaml:4", "name", "twice"]),
+        ("a: [1\n", ["x.yaml:", "not valid YAML"]),
+        ("- 1\n", ["x.yaml:1", "mapping"]),
+        (GOOD + "space:\n  max_num_seqs: [1, 2]\n", ["x.yaml:5", "max_num_seqs", "{choices: [1, 2]}"]),
+        (GOOD + "space:\n  a: {choices: [1]}\n  max_num_seqs: {choises: [1]}\n", ["x.yaml:6", "choises", "choices"]),
+        (GOOD + "space:\n  max_num_seqs: {choices: []}\n", ["x.yaml:5", "max_num_seqs", "at least 1"]),
+        (GOOD + "space:\n  max_num_seqs: {choices: [8, 8]}\n", ["x.yaml:5", "8", "twice"]),
+        (GOOD + "space:\n  max_num_seqs: {low: 8, high: 2}\n", ["x.yaml:5", "low 8 is above high 2"]),
+        (GOOD + "serve:\n  max-num-seqs: 8\n", ["x.yaml:5", "max-num-seqs", "max_num_seqs"]),
+        (GOOD + "serve:\n  port: 8000\n", ["x.yaml:5", "port", "free port"]),
+        (GOOD + "serve: {a: 1}\nspace: {a: {choices: [1, 2]}}\n", ["a", "`serve`", "`space`"]),
+        (GOOD + "slo: {ttft_p95: 500}\n", ["x.yaml:4", "ttft_p95", "ttft_p95_ms"]),
+        (GOOD + "slo: {ttft_p95_ms: -1}\n", ["x.yaml:4", "ttft_p95_ms", "above 0"]),
+        (GOOD + "objective: {maximize: throughput}\n", ["x.yaml:4", "throughput", "output_tokens_per_s"]),
+        (GOOD + "objective: {maximise: e2e_p50_ms}\n", ["x.yaml:4", "maximise", "maximize"]),
+        (GOOD + "objective: {maximize: ttft_p95_ms}\n", ["x.yaml:4", "ttft_p95_ms", "minimize"]),
+        (GOOD + "objective: {maximize: goodput_rps}\n", ["goodput_rps", "slo"]),
+        (GOOD + "server: {env: {HF_TOKEN: abc}}\n", ["x.yaml:4", "HF_TOKEN", "environment"]),
+        (GOOD + "serve: {a: 2026-01-01}\n", ["quote the value"]),
+        (GOOD.replace("name: t", "name: a/b"), ["x.yaml:1", "name", "pattern"]),
+    ],
+)
+def test_bad_input_says_where_what_and_what_instead(text: str, words: list[str]) -> None:
+    message = error(text)
+    assert [word for word in words if word not in message] == [], message
+    assert "Traceback" not in message
+    assert len(message.splitlines()) == 1, f"one error, one line: {message}"
+
+
+def test_a_secret_is_not_repeated_in_the_error() -> None:
+    assert "s3cr3t" not in error(GOOD + "server: {env: {MY_API_KEY: s3cr3t}}\n")
+
+
+def test_every_error_of_a_file_is_shown_at_once() -> None:
+    message = error(GOOD + "hardwre: {}\nstudy: {trials: x}\n")
+    assert len(message.splitlines()) == 2
+
+
+def test_a_file_that_is_not_there() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        load_experiment("nowhere.yaml")
+
+
+def test_objectives_are_one_or_several() -> None:
+    one = parse_experiment(GOOD + "objective: {minimize: ttft_p95_ms}\n")
+    assert [(o.metric, o.direction) for o in one.objectives] == [("ttft_p95_ms", "minimize")]
+    two = parse_experiment(GOOD + "objective: [{maximize: output_tokens_per_s}, {minimize: ttft_p95_ms}]\n")
+    assert [o.metric for o in two.objectives] == ["output_tokens_per_s", "ttft_p95_ms"]
+
+
+def test_space_entries_are_told_apart() -> None:
+    text = GOOD + "space:\n  a: {choices: [1, null, {method: ngram}]}\n  b: {low: 0.5, high: 0.9}\n"
+    space = parse_experiment(text).space
+    assert isinstance(space["a"], Choices)
+    assert isinstance(space["b"], Range)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.integers() | st.text(max_size=5) | st.none(), max_size=4))
+def test_any_mapping_is_accepted_or_refused_in_words(data: dict[str, object]) -> None:
+    try:
+        parse_experiment(json.dumps(data), "x.yaml")
+    except InputError as caught:
+        assert str(caught).startswith("x.yaml:")
