@@ -94,7 +94,7 @@ class Workload(BaseModel):
     arrival: Literal["poisson", "constant"] = "poisson"
     max_tokens: int | None = Field(default=None, ge=2, description="longest prompt + output (default: what fits)")
     sampling: dict[str, JsonValue] = Field(
-        default_factory=lambda: {"temperature": 0.0},
+        default={"temperature": 0.0},
         description="sampling parameters sent with every request",
     )
 

@@ -83,8 +83,9 @@ class Pool:
 
     def __init__(self, hardware: Hardware, address: str | None = None, **ray_options: Any) -> None:
         os.environ.update({key: value for key, value in RAY_ENV.items() if key not in os.environ})
-        import ray  # here, so that `varcas --help` does not wait for it
+        import ray as untyped  # here, so that `varcas --help` does not wait for it
 
+        ray: Any = untyped
         self._ray = ray
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:

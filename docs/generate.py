@@ -1,0 +1,138 @@
+"""Writes the reference pages from the code: `make docs`. With --check, fails when one is out of date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import typer.main
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from varcas.cli import app
+from varcas.engine.failures import FAILURES
+from varcas.experiment import Choices, Experiment, Hardware, Objective, Range, Server, Study, Workload
+from varcas.records import RequestRecord, Sample, TrialRow
+from varcas.store import SCHEMAS
+
+DOCS = Path(__file__).parent
+HEAD = "<!-- written by docs/generate.py: edit the code, then `make docs` -->\n\n"
+
+
+def cli_page() -> Iterator[str]:
+    """Every command's help as the terminal shows it."""
+    yield "# Command line\n"
+    yield "Exit codes: 0 done; 1 the work failed; 2 bad input; 3 done, but no configuration meets the SLO or runs;"
+    yield "130 interrupted, everything measured is kept.\n"
+    root = typer.main.get_command(app)
+    assert isinstance(root, click.Group)
+    for name, command in root.commands.items():
+        context = click.Context(command, info_name=f"varcas {name}")
+        yield f"## varcas {name}\n"
+        yield (command.help or "").replace("\b", "").strip() + "\n"
+        yield "| argument or option | what it is |\n|---|---|"
+        for parameter in command.get_params(context):
+            yield f"| `{_usage(parameter)}` | {_help(parameter)} |"
+        yield ""
+
+
+def _usage(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return str(parameter.make_metavar(click.Context(click.Command("x"))))
+    return ", ".join(parameter.opts)
+
+
+def _help(parameter: Any) -> str:
+    text = str(getattr(parameter, "help", "") or "").replace("|", "\\|")
+    default = parameter.default
+    shown = default not in (None, False, [], ()) and not callable(default) and "Sentinel" not in repr(default)
+    return f"{text} (default: {default})" if shown and "default" not in text else text
+
+
+def experiment_page() -> Iterator[str]:
+    """Keys of the experiment file."""
+    yield "# The experiment file\n"
+    yield "`varcas schema` prints the JSON Schema, `varcas init` writes a commented file.\n"
+    models: list[tuple[str, type[BaseModel]]] = [
+        ("top level", Experiment),
+        ("hardware", Hardware),
+        ("server", Server),
+        ("space: choices", Choices),
+        ("space: range", Range),
+        ("workload", Workload),
+        ("objective", Objective),
+        ("study", Study),
+    ]
+    for title, model in models:
+        yield f"## {title}\n"
+        yield (model.__doc__ or "").strip() + "\n"
+        yield "| key | default | what it is |\n|---|---|---|"
+        for name, field in model.model_fields.items():
+            yield f"| `{name}` | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
+        yield ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, BaseModel):
+        return "see below"
+    return f"`{value}`" if value not in (None, "") else ""
+
+
+def store_page() -> Iterator[str]:
+    """Columns of the three datasets."""
+    yield "# The result store\n"
+    yield "`results/trials/`, `results/requests/`, `results/samples/`: Parquet datasets that pyarrow, DuckDB and polars"
+    yield "read as they stand. Columns are only ever added. [measurement.md](measurement.md) defines the metrics.\n"
+    yield "## trials\n\nOne row per measurement.\n\n| column | type | what it is |\n|---|---|---|"
+    for name, field in TrialRow.model_fields.items():
+        yield f"| `{name}` | {SCHEMAS['trials'].field(name).type} | {field.description or ''} |"
+    for dataset, record in (("requests", RequestRecord), ("samples", Sample)):
+        yield f"\n## {dataset}\n\n{(record.__doc__ or '').strip().splitlines()[0]}\n\n| column | type |\n|---|---|"
+        for column in SCHEMAS[dataset]:
+            yield f"| `{column.name}` | {column.type} |"
+
+
+def failures_page() -> Iterator[str]:
+    """The failure kinds."""
+    yield "# Failure kinds\n"
+    yield "Each is told from the server's own words and exit status. *Retried* ones are never held against the"
+    yield "configuration.\n"
+    yield "| kind | retried | what to do |\n|---|---|---|"
+    for failure in FAILURES:
+        yield f"| `{failure.kind}` | {'yes' if failure.retry else 'no'} | {failure.hint} |"
+
+
+PAGES: dict[str, Callable[[], Iterator[str]]] = {
+    "cli.md": cli_page,
+    "experiment.md": experiment_page,
+    "store.md": store_page,
+    "failures.md": failures_page,
+}
+
+
+def main() -> int:
+    """Writes or checks every page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for name, page in PAGES.items():
+        text, path = HEAD + "\n".join(page()).rstrip() + "\n", DOCS / name
+        if check and (not path.exists() or path.read_text() != text):
+            stale.append(name)
+        elif not check:
+            path.write_text(text)
+    if stale:
+        print(f"out of date: {', '.join(stale)}: run `make docs`", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
