@@ -222,6 +222,18 @@ def test_leftovers_of_a_program_that_exits_linger_and_die(stubborn: Stubborn) ->
         assert set(child.killed) >= others
 
 
+def test_a_daemon_that_forks_on_and_on_is_caught(tmp_path: Path) -> None:
+    script = "import os, time\nwhile True:\n if os.fork(): os._exit(0)\n os.setsid()\n time.sleep(0.02)"
+    mark = uuid.uuid4().hex
+    argv = [sys.executable, "-c", script, mark]
+    with Child.start(argv, env={}, log=tmp_path / "log", linger_s=0.3) as child:
+        assert child.wait(10) == 0
+        assert any(mark.encode() in cmdline(pid) for pid in child.descendants())
+        assert child.stop(grace_s=5) == 0
+        assert child.killed
+    assert not any(mark.encode() in cmdline(pid) for pid in guardian.all_pids())
+
+
 def test_a_program_that_crashes_reports_its_signal(stubborn: Stubborn) -> None:
     with stubborn.start("--then", f"signal:{signal.SIGABRT}") as child:
         assert child.wait(10) == -signal.SIGABRT
@@ -236,6 +248,15 @@ def test_a_killed_guardian_leaves_nothing(stubborn: Stubborn) -> None:
         assert child.wait(10) == -signal.SIGKILL
         assert eventually(lambda: not any(alive(pid) for pid in stubborn.pids()))
         assert child.stop() == -signal.SIGKILL
+
+
+def test_the_program_does_not_outlive_keeper_and_guardian(stubborn: Stubborn) -> None:
+    with stubborn.start("--ignore-sigterm") as child:
+        assert stubborn.settled()
+        child._keeper.kill()
+        os.kill(child._guardian_pid, signal.SIGKILL)
+        assert child.wait(10) == -signal.SIGKILL
+        assert eventually(lambda: not alive(child.pid))
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["guardian", "guardian and keeper"])

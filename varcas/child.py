@@ -88,8 +88,8 @@ class Child:
         if sys.platform != "linux":
             raise VarcasError(f"running servers needs Linux, this is {sys.platform}")
         child = cls(argv, log, pipes)
-        child._tell({"argv": list(argv), "env": dict(env), "cwd": cwd and str(cwd), "linger_s": linger_s})
         try:
+            child._tell({"argv": list(argv), "env": dict(env), "cwd": cwd and str(cwd), "linger_s": linger_s})
             child._wait_for_start()
         except BaseException:
             child.close(grace_s=0)
