@@ -8,7 +8,7 @@ server that drops requests never looks faster for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -158,7 +158,7 @@ def summarise(load: LoadResult, slo: Mapping[str, float], samples: Sequence[Samp
     }
     columns |= _counts(records) | _rates(load, records, slo) | _client(load, records)
     columns |= sample_columns(samples, load.duration_s)
-    columns["saturated"] = is_saturated(load)
+    columns |= {"duration_s": float(load.duration_s), "saturated": is_saturated(load)}
     reasons = invalid_reasons(columns)
     return columns | {"valid": not reasons, "invalid_reasons": reasons}
 
@@ -216,7 +216,7 @@ def token_rate(load: LoadResult) -> tuple[float, float, float]:
     Tokens of warm-up requests that arrive in the window count: the server made them then. Tokens cluster (a request
     brings hundreds), so the interval comes from the means of `NUM_BATCHES` equal stretches of the window, which are
     nearly independent when a stretch is longer than a response (batch means: Law and Kelton, *Simulation Modeling and
-    Analysis*, 9.5.3). It holds chance within this start only; starts differ by more.
+    Analysis*, section 9.5.3). It holds chance within this start only; starts differ by more.
     """
     arrivals, counts = _token_events(load.records)
     edges = np.linspace(0.0, load.duration_s, NUM_BATCHES + 1)
@@ -335,11 +335,10 @@ def _sent_late(columns: Mapping[str, Any]) -> str | None:
 
 def _rate_off(columns: Mapping[str, Any]) -> str | None:
     """The schedule is known, so one request that crosses the window's edge is all the noise there is."""
-    asked, duration_s = columns["num_requests"], columns["num_requests"] and columns["_duration_s"]
-    off = abs(columns["delivered_rate_rps"] * duration_s - asked)
-    if off <= DELIVERED_TOLERANCE_FRAC * asked + 1:
+    asked, sent = columns["num_requests"], columns["delivered_rate_rps"] * columns["duration_s"]
+    if abs(sent - asked) <= DELIVERED_TOLERANCE_FRAC * asked + 1:
         return None
-    return f"delivered {columns['delivered_rate_rps']:.3g} requests/s where the schedule asks {asked / duration_s:.3g}"
+    return f"{sent:.0f} requests were sent in the window where the schedule has {asked}, bound {DELIVERED_TOLERANCE_FRAC:.0%}"
 
 
 def _client_busy(columns: Mapping[str, Any]) -> str | None:
@@ -506,6 +505,3 @@ def t_quantile(p: float, freedom: float) -> float:
     mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     angle = float(np.interp(2 * p - 1, mass / mass[-1], angles))
     return math.sqrt(freedom) * math.tan(angle)
-
-
-__all__ = [name for name in dir() if not name.startswith("_")]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import json
-import os
-import platform
 import statistics
 import threading
 import time
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.node import Node, NodeFacts, check_local_model
-from varcas.errors import InputError, VarcasError
+from varcas.errors import InputError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, Pool, in_ray_job
@@ -96,6 +95,7 @@ def sweep(
     on_event: Callable[[Event], None] = lambda event: None,
     stopping: threading.Event | None = None,
     run: Run = run_trial,
+    node: Callable[..., Any] = Node,
     **ray_options: Any,
 ) -> Recommendation:
     """Searches the experiment's space on real servers and returns what to deploy; resumes where it was stopped.
@@ -107,6 +107,7 @@ def sweep(
         on_event: told of the plan, of each start and each row.
         stopping: set it to end early: running servers are stopped, everything measured so far is kept.
         run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
+        node: what answers for a worker node, likewise.
         ray_options: further arguments of `ray.init` for a local Ray.
 
     Raises:
@@ -117,7 +118,8 @@ def sweep(
     check_paths(experiment)
     check_local_model(experiment.model)
     with Store(experiment.results) as store, Pool(experiment.hardware, address, **ray_options) as pool:
-        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stopping or threading.Event(), run)
+        stop = stopping or threading.Event()
+        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
@@ -157,12 +159,13 @@ class Sweeper:
         on_event: Callable[[Event], None],
         stopping: threading.Event,
         run: Run,
+        node: Callable[..., Any],
     ) -> None:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
+        self._make_node = node
         self._emit, self._stopping, self._run = on_event, stopping, run
         self._deadline_s = time.monotonic() + budget_s if budget_s else None
         self._budget_s = budget_s
-        self._began_s = time.monotonic()
         self._jobs: dict[str, Job] = {}
         self._held: Job | None = None
         self.ended: str | None = None
@@ -171,7 +174,7 @@ class Sweeper:
         """Asks the node what it has, checks the experiment against it, and opens the study."""
         experiment = self.experiment
         self._note("asking vLLM on the node for its flags and its word on the configurations")
-        self._node = self.pool.service(Node, experiment.server, experiment.model, experiment.revision)
+        self._node = self.pool.service(self._make_node, experiment.server, experiment.model, experiment.revision)
         try:
             self._open()
         except BaseException:
@@ -556,8 +559,6 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
 
 def _windowed(samples: Sequence[Sample], t0_monotonic_s: float) -> tuple[Sample, ...]:
     """Samples on the clock of the records: seconds from the start of the window."""
-    import dataclasses
-
     return tuple(dataclasses.replace(sample, t_s=sample.t_s - t0_monotonic_s) for sample in samples)
 
 
@@ -569,14 +570,3 @@ def _described(job: Job) -> str:
     what = json.dumps(job.proposal.params or dict(job.proposal.flags))
     role = f"{job.purpose} {job.arm}" if job.arm else job.purpose
     return f"trial {job.number} ({role}): {what}"
-
-
-def resume_command() -> str:
-    """What to type to go on: the command that was typed."""
-    import shlex
-    import sys
-
-    return shlex.join(["python", "-m", "varcas", *sys.argv[1:]])
-
-
-__all__ = ["Event", "Plan", "VarcasError", "check_paths", "os", "platform", "resume_command", "sweep"]
