@@ -24,7 +24,7 @@ import numpy as np
 
 import varcas.sweeper as sweeper
 from varcas.engine.node import NodeFacts
-from varcas.engine.validation import Checked
+from varcas.engine.node import Checked
 from varcas.experiment import Server, parse_experiment
 from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
 from varcas.trial import TrialTask
@@ -49,7 +49,9 @@ class TrivialNode:
         pass
 
     def facts(self) -> NodeFacts:
-        return NodeFacts(engine_version="trivial", model_path="", model_revision="0", gpu_name=None, driver_version=None)
+        return NodeFacts(
+            engine_version="trivial", model_path="", model_revision="0", gpu_name=None, driver_version=None
+        )
 
     def flag_names(self) -> list[str]:
         return ["max_num_seqs", "max_num_batched_tokens"]
@@ -70,7 +72,9 @@ def trivial_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
         for i in range(10)
     )  # fmt: skip
     load = LoadResult(records, t0_monotonic_s=0.0, duration_s=10.0, drain_s=0.0, client_cpu_frac=0.1)
-    return Outcome("complete", datetime.datetime.now(datetime.UTC), HostFacts(socket.gethostname()), StageTimes(), load=load)
+    return Outcome(
+        "complete", datetime.datetime.now(datetime.UTC), HostFacts(socket.gethostname()), StageTimes(), load=load
+    )
 
 
 class Timed(sweeper.Sweeper):

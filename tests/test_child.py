@@ -166,6 +166,18 @@ def test_a_shorter_grace_wins(stubborn: Stubborn) -> None:
         assert time.monotonic() - began_s < 5
 
 
+def test_a_longer_grace_changes_nothing(stubborn: Stubborn) -> None:
+    with stubborn.start("--ignore-sigterm") as child:
+        assert stubborn.settled()
+        began_s = time.monotonic()
+        hasty = threading.Thread(target=child.stop, args=(0.6,))
+        hasty.start()
+        time.sleep(0.2)
+        assert child.stop(grace_s=30) == -signal.SIGKILL
+        hasty.join()
+        assert time.monotonic() - began_s < 5
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV])
 def test_nothing_outlives_the_owner(stubborn: Stubborn, number: signal.Signals) -> None:
     with an_owner(stubborn, "--ignore-sigterm") as owner:
@@ -206,6 +218,12 @@ def test_ctrl_c_does_not_reach_the_program(stubborn: Stubborn) -> None:
         time.sleep(0.3)
         assert int(program) in stubborn.pids()
         assert all(alive(pid) for pid in stubborn.pids())
+
+
+def test_no_session_is_shared(tmp_path: Path) -> None:
+    with run_sh("exec sleep 60", tmp_path) as child:
+        sessions = [os.getsid(pid) for pid in (os.getpid(), child._keeper.pid, child._guardian_pid, child.pid)]
+    assert len(set(sessions)) == 4
 
 
 def test_leftovers_of_a_program_that_exits_linger_and_die(stubborn: Stubborn) -> None:
@@ -398,25 +416,55 @@ def test_stop_ends_a_read_in_another_thread(tmp_path: Path) -> None:
 
 
 def test_a_strangers_segment_survives(tmp_path: Path) -> None:
-    """One made while the program runs, one that the program attaches to, and one of a second child's."""
     with run_sh("exec sleep 60", tmp_path) as child:
-        plain = SHM / f"psm_{uuid.uuid4().hex[:8]}"
-        plain.touch()
-        attached = shared_memory.SharedMemory(create=True, size=64)
-        reader = f"exec 3< /dev/shm/{attached.name}; exec sleep 60"
-        with Child.start(["/bin/sh", "-c", reader], env={}, log=tmp_path / "reader.log") as other:
-            time.sleep(0.3)
-            other.stop(grace_s=0)
-            assert (SHM / attached.name).exists()
+        segment = SHM / f"psm_{uuid.uuid4().hex[:8]}"
+        segment.touch()
+        time.sleep(0.1)
         child.stop(grace_s=0)
         try:
-            assert plain.exists()
-            assert (SHM / attached.name).exists()
-            assert child.shm_removed == other.shm_removed == ()
+            assert segment.exists()
+            assert child.shm_removed == ()
         finally:
-            plain.unlink()
-            attached.close()
-            attached.unlink()
+            segment.unlink(missing_ok=True)
+
+
+def test_a_strangers_segment_survives_that_the_program_has_open(tmp_path: Path) -> None:
+    name = SHM / f"psm_{uuid.uuid4().hex[:8]}"
+    script = f"until test -e {name}; do sleep 0.01; done; exec 3< {name}; echo open; exec sleep 60"
+    with run_sh(script, tmp_path, PATH="/usr/bin:/bin") as child:
+        segment = shared_memory.SharedMemory(name.name, create=True, size=64)
+        try:
+            assert eventually(lambda: "open" in child.log.read_text().splitlines())
+            time.sleep(0.2)
+            child.stop(grace_s=0)
+            assert name.exists()
+            assert child.shm_removed == ()
+        finally:
+            segment.close()
+            segment.unlink()
+
+
+@pytest.mark.parametrize("held", ["fd", "map"])
+def test_a_segment_is_ours_if_open_or_mapped(tmp_path: Path, held: str) -> None:
+    """C libraries close a segment once it is mapped."""
+    name = SHM / f"nccl-{uuid.uuid4().hex[:8]}"
+    script = (
+        "import mmap, os, sys, time\n"
+        f"fd = os.open({str(name)!r}, os.O_RDWR | os.O_CREAT)\n"
+        "os.ftruncate(fd, 4096)\n"
+        "if sys.argv[1] == 'map':\n"
+        "  memory = mmap.mmap(fd, 4096, trackfd=False) if sys.version_info >= (3, 13) else mmap.mmap(fd, 4096)\n"
+        "  os.closerange(3, 64)\n"
+        "print('made', flush=True)\ntime.sleep(60)"
+    )
+    with Child.start([sys.executable, "-c", script, held], env={}, log=tmp_path / "log") as child:
+        assert eventually(lambda: "made" in child.log.read_text().splitlines())
+        time.sleep(0.2)
+        child.stop(grace_s=0)
+        left = name.exists()
+        name.unlink(missing_ok=True)
+        assert child.shm_removed == (name.name,)
+        assert not left
 
 
 def test_a_semaphores_segment_is_removed(tmp_path: Path) -> None:
@@ -443,10 +491,18 @@ def test_the_listener_is_ours_only_if_one_of_our_processes_holds_it(tmp_path: Pa
     with Child.start(argv, env={}, log=tmp_path / "log", cwd=tmp_path) as child:
         assert eventually(lambda: listener_is_ours(port, child.descendants()))
         assert not listener_is_ours(port, {os.getpid()})
-        with socket.create_connection(("127.0.0.1", port)):  # a connection to the port is no listener
-            assert not listener_is_ours(port, {os.getpid()})
         assert not listener_is_ours(port, set())
     assert not listener_is_ours(port, {child.pid})
+
+
+def test_an_accepted_connection_is_no_listener() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert listener_is_ours(port, {os.getpid()})
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = server.accept()
+    with client, accepted:
+        assert not listener_is_ours(port, {os.getpid()})
 
 
 def test_the_guardian_is_quick(tmp_path: Path) -> None:

@@ -136,8 +136,8 @@ def validate(experiment: ExperimentArg, as_json: Json = False) -> None:
 
     Example: `varcas validate experiments/quickstart.yaml`
     """
-    from varcas.validation import Validated, validated_text
-    from varcas.validation import validate as run_validate
+    from varcas.validate import Validated, validated_text
+    from varcas.validate import validate as run_validate
 
     answer: Validated = run_validate(load_experiment(experiment))
     _print(answer, as_json, validated_text(answer))

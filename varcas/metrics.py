@@ -338,7 +338,9 @@ def _rate_off(columns: Mapping[str, Any]) -> str | None:
     asked, sent = columns["num_requests"], columns["delivered_rate_rps"] * columns["duration_s"]
     if abs(sent - asked) <= DELIVERED_TOLERANCE_FRAC * asked + 1:
         return None
-    return f"{sent:.0f} requests were sent in the window where the schedule has {asked}, bound {DELIVERED_TOLERANCE_FRAC:.0%}"
+    return (
+        f"{sent:.0f} requests were sent in the window, the schedule has {asked}; bound {DELIVERED_TOLERANCE_FRAC:.0%}"
+    )
 
 
 def _client_busy(columns: Mapping[str, Any]) -> str | None:
@@ -470,8 +472,8 @@ def compare(
     logs = np.log(baseline), np.log(candidate)
     gain = float(logs[1].mean() - logs[0].mean())
     if min(n) < MIN_STARTS:
-        reason = f"{n[0]} and {n[1]} starts: at least {MIN_STARTS} an arm are needed"
-        return Gain(math.exp(gain), None, None, *means, n, "inconclusive", reason)
+        few = f"{n[0]} and {n[1]} starts: at least {MIN_STARTS} an arm are needed"
+        return Gain(math.exp(gain), None, None, *means, n, "inconclusive", few)
     half = _welch_half(*logs)
     lo, hi = math.exp(gain - half), math.exp(gain + half)
     verdict = _verdict(lo, hi, direction)

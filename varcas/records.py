@@ -138,6 +138,7 @@ class LoadResult:
 class StageTimes:
     """Wall seconds of a trial's stages; `overhead_s` is what none of the others holds."""
 
+    fetch_s: float = 0.0
     server_start_s: float = 0.0
     warmup_s: float = 0.0
     load_s: float = 0.0
@@ -243,6 +244,7 @@ class TrialRow(BaseModel):
     valid: bool | None = _doc("false when the measurement is not to be believed; null when nothing was measured")
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
+    fetch_s: float | None = _doc("getting the model onto this node; 0 once it is there")
     server_start_s: float | None = _doc("spawn to the first real completion")
     compile_s: float | None = _doc("torch.compile and graph capture, as the server's log says")
     compile_cache_hit: bool | None = _doc("the compiled graphs came from the cache")

@@ -29,7 +29,6 @@ from typing import Any, Literal, Self, TypeVar
 import duckdb
 import filelock
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pydantic import ValidationError
@@ -44,12 +43,15 @@ DATASETS = ("trials", "requests", "samples")
 COMPACT_ABOVE = 200
 """Files in a dataset beyond which `close` compacts it."""
 
-COMPACT_LIMIT_BYTES = 1 << 30
+COMPACT_LIMIT_BYTES = 256 << 20
 """A compact file that has grown so large is left as it is: rewriting it for each 200 trials would cost too much."""
 
-ROW_GROUP_BYTES = 64 << 20
-"""Rows that `compact` holds in memory at a time."""
+ROW_GROUP_ROWS = 1000
+"""Least rows of a compact file's row group: a trial's requests have one of their own, and are found fast by it."""
 
+LOCK = ".lock"
+HOLDER = ".lock.holder"
+COMPACT = re.compile(r"compact-(\d{6,})")
 log = logging.getLogger(__name__)
 T = TypeVar("T", RequestRecord, Sample)
 
@@ -139,6 +141,8 @@ class Store:
         try:
             if compact:
                 self._compact_datasets(above=COMPACT_ABOVE)
+        except VarcasError as error:  # every row is safe where it is: slower to read, nothing more
+            log.warning("%s", error)
         finally:
             self._release()
 
@@ -158,8 +162,9 @@ class Store:
         try:
             for dataset, table in parts.items():
                 if table.num_rows:
-                    _write(self.path / dataset / name, [table], SCHEMAS[dataset])
-            _write(self.path / "trials" / name, [_table([row.model_dump()], SCHEMAS["trials"])], SCHEMAS["trials"])
+                    _write(self.path / dataset / name, table)
+            columns = {field: [value] for field, value in row.model_dump().items()}
+            _write(self.path / "trials" / name, _table(columns, SCHEMAS["trials"]))
         except OSError as error:
             raise VarcasError(f"{self.path}: trial {row.number} could not be written: {error}") from error
         self._rows[name] = [row]
@@ -237,19 +242,14 @@ class Store:
         Raises:
             InputError: in DuckDB's words.
         """
-        settings = {"python_enable_replacements": "false", "TimeZone": "UTC"}
-        with duckdb.connect(config=settings) as connection:
-            connection.register("trials", self._trials_view())
-            for dataset in ("requests", "samples"):
-                if re.search(dataset, query, re.IGNORECASE):
-                    connection.register(dataset, self._dataset(dataset))
-            connection.execute("SET enable_external_access = false")
-            connection.execute("SET lock_configuration = true")
+        while True:
+            views = {name: self._dataset(name) for name in DATASETS if name == "trials" or name in query.lower()}
             try:
-                answer = connection.sql(query)
-                return pa.table({}) if answer is None else answer.to_arrow_table()
-            except duckdb.Error as error:
-                raise InputError(f"SQL: {error}") from error
+                views["trials"] = _with_flags(views["trials"].to_table())
+                return _answer(query, views)
+            except (duckdb.Error, OSError) as error:
+                if not self._compacted_since(views):
+                    raise InputError(f"SQL: {error}") from error
 
     # pieces
 
@@ -265,33 +265,29 @@ class Store:
 
     def _recover(self) -> None:
         """Removes what a killed writer left: temporaries, merged sources, requests and samples without a row."""
-        for dataset in DATASETS:
+        for dataset in (*DATASETS, "studies"):
             for path in (self.path / dataset).glob(".*.tmp"):
                 path.unlink()
+        for dataset in DATASETS:
             for path in self._superseded(dataset):
                 path.unlink()
         if self._refresh():  # a row that cannot be read must not cost its requests
             known = {_stem(row) for rows in self._rows.values() for row in rows}
             for dataset in ("requests", "samples"):
                 for path in (self.path / dataset).glob("*.parquet"):
-                    if path.stem not in known and not path.name.startswith(COMPACT):
+                    if path.stem not in known and not _is_compact(path):
                         path.unlink()
 
     def _superseded(self, dataset: str) -> list[Path]:
         directory = self.path / dataset
-        names = {name for path in directory.glob(f"{COMPACT}*.parquet") for name in self._sources(path)}
+        names = {name for path in directory.glob("*.parquet") if _is_compact(path) for name in self._sources(path)}
         return [path for name in sorted(names) if (path := directory / name).exists()]
 
     def _sources(self, path: Path) -> list[str]:
         """Files that a compact file was merged from."""
-        try:
-            metadata = pq.read_metadata(path).metadata or {}
-        except FileNotFoundError:
+        if (footer := self._footer(path)) is None:
             return []
-        except (OSError, pa.ArrowException) as error:
-            self._warn(path, error)
-            return []
-        names: list[str] = json.loads(metadata.get(b"sources", b"[]"))
+        names: list[str] = json.loads((footer.metadata or {}).get(b"sources", b"[]"))
         return names
 
     def _files(self, dataset: str) -> list[Path]:
@@ -301,31 +297,26 @@ class Store:
         """
         while True:
             listed = set((self.path / dataset).glob("*.parquet"))
-            merged = {path: self._sources(path) for path in listed if path.name.startswith(COMPACT)}
+            merged = {name for path in listed if _is_compact(path) for name in self._sources(path)}
             now = set((self.path / dataset).glob("*.parquet"))
-            if listed <= now and not any(path.name.startswith(COMPACT) for path in now - listed):
-                gone = {name for names in merged.values() for name in names}
-                return sorted(path for path in listed if path.name not in gone)
+            if listed <= now and not any(_is_compact(path) for path in now - listed):
+                return sorted(path for path in listed if path.name not in merged)
 
     def _refresh(self) -> bool:
         """Reads trial files not read before, and forgets those that are gone; False when one could not be read."""
         while True:
-            paths, whole = self._files("trials"), True
-            fresh: dict[str, list[TrialRow]] = {}
             try:
-                for path in paths:
-                    rows = self._rows.get(path.name) or self._read_rows(path)
-                    whole &= rows is not None
-                    fresh[path.name] = rows or []
+                read = {path.name: self._rows.get(path.name) or self._read_rows(path) for path in self._files("trials")}
+                break
             except FileNotFoundError:  # compacted between the listing and the look
                 continue
-            self._rows = fresh
-            self._ids = {row.trial_id for rows in fresh.values() for row in rows}
-            return whole
+        self._rows = {name: rows for name, rows in read.items() if rows}
+        self._ids = {row.trial_id for rows in self._rows.values() for row in rows}
+        return None not in read.values()
 
     def _read_rows(self, path: Path) -> list[TrialRow] | None:
-        table = self._read(path)
-        if table is None:
+        """A trial file's rows; None when it is damaged."""
+        if (table := self._read(path)) is None:
             return None
         known = table.select([name for name in table.column_names if name in TrialRow.model_fields])
         try:
@@ -334,11 +325,26 @@ class Store:
             self._warn(path, error)
             return None
 
-    def _read(self, path: Path, **options: Any) -> pa.Table | None:
+    def _read(self, path: Path, trial_id: str | None = None) -> pa.Table | None:
+        """A file's rows, or those of one trial in it; None when it is damaged."""
         try:
-            return pq.read_table(path, partitioning=None, **options)
+            if trial_id is not None and _is_compact(path):
+                return pq.read_table(path, partitioning=None, filters=[("trial_id", "=", trial_id)])
+            with pq.ParquetFile(path) as file:
+                return file.read(use_threads=False)
         except FileNotFoundError:
             raise
+        except (OSError, pa.ArrowException) as error:
+            self._warn(path, error)
+            return None
+
+    def _footer(self, path: Path) -> pa.Schema | None:
+        """A file's schema with the file's metadata; None when it is damaged or gone."""
+        try:
+            with pq.ParquetFile(path) as file:
+                return file.schema_arrow.with_metadata(file.metadata.metadata)
+        except FileNotFoundError:
+            return None
         except (OSError, pa.ArrowException) as error:
             self._warn(path, error)
             return None
@@ -350,41 +356,27 @@ class Store:
 
     def _records(self, dataset: str, trial_id: str, kind: type[T]) -> list[T]:
         names = {f"{_stem(row)}.parquet" for row in self.rows() if row.trial_id == trial_id}
-        mine = [("trial_id", "=", trial_id)]
         fields = [field.name for field in dataclasses.fields(kind)]
         while True:
-            paths = [path for path in self._files(dataset) if path.name in names or path.name.startswith(COMPACT)]
+            paths = [path for path in self._files(dataset) if path.name in names or _is_compact(path)]
             try:
-                tables = [table for path in paths if (table := self._read(path, filters=mine)) is not None]
+                tables = [self._read(path, trial_id) for path in paths]
             except FileNotFoundError:  # compacted between the listing and the look
                 continue
-            return [
-                kind(**{name: _plain(values.get(name)) for name in fields})
-                for table in tables
-                for values in table.to_pylist()
-            ]
+            found = [values for table in tables if table is not None for values in table.to_pylist()]
+            return [kind(**{name: _plain(values.get(name)) for name in fields}) for values in found]
 
     def _dataset(self, dataset: str) -> pads.Dataset:
-        paths = [str(path) for path in self._files(dataset) if self._sound(path)]
-        if not paths:
+        footers = {path: footer for path in self._files(dataset) if (footer := self._footer(path)) is not None}
+        if not footers:
             return pads.dataset(SCHEMAS[dataset].empty_table())
-        return pads.dataset(paths, schema=SCHEMAS[dataset], format="parquet")
+        schema = _union(SCHEMAS[dataset], footers.values())
+        return pads.dataset([str(path) for path in footers], schema=schema, format="parquet")
 
-    def _sound(self, path: Path) -> bool:
-        try:
-            pq.read_metadata(path)
-        except (OSError, pa.ArrowException) as error:
-            self._warn(path, error)
-            return False
-        return True
-
-    def _trials_view(self) -> pa.Table:
-        rows = self.rows()
-        table = _table([row.model_dump() for row in rows], SCHEMAS["trials"])
-        flags = [json.loads(row.config_json) for row in rows]
-        for name in sorted({name for found in flags for name in found}):
-            table = table.append_column(f"flag_{name}", _flag_column([found.get(name) for found in flags]))
-        return table
+    def _compacted_since(self, views: Mapping[str, Any]) -> bool:
+        """Whether a file that these views read from has gone."""
+        files = [file for view in views.values() for file in getattr(view, "files", [])]
+        return not all(Path(file).exists() for file in files)
 
     # compaction
 
@@ -396,30 +388,28 @@ class Store:
                     self._compact(dataset, files)
                 except OSError as error:
                     raise VarcasError(f"{self.path / dataset}: could not be compacted: {error}") from error
-        self._refresh()
 
     def _compact(self, dataset: str, files: list[Path]) -> None:
-        sound = [path for path in files if self._read_rows(path) is not None] if dataset == "trials" else files
-        merged = [path for path in sound if self._sound(path)]
-        schema = SCHEMAS[dataset]
-        metadata = {**schema.metadata, b"sources": json.dumps([path.name for path in merged]).encode()}
-        target = _next_compact(self.path / dataset)
-        _write(target, _grouped(_cast(pq.read_table(path, partitioning=None), schema) for path in merged), schema.with_metadata(metadata))
+        directory = self.path / dataset
+        if dataset == "trials":
+            files = [path for path in files if path.name in self._rows]
+        footers = {path: footer for path in files if (footer := self._footer(path)) is not None}
+        target = _next_compact(directory)
+        merged = _merge(target, _union(SCHEMAS[dataset], footers.values()), ((p, self._read(p)) for p in footers))
+        if dataset == "trials":
+            self._rows[target.name] = [row for path in merged for row in self._rows.pop(path.name)]
         for path in merged:
             path.unlink()
-        _fsync_directory(target.parent)
+        _fsync_directory(directory)
 
 
 # the lock
 
-LOCK = ".lock"
-HOLDER = ".lock.holder"
-COMPACT = "compact-"
-
 
 def _locked(path: Path) -> filelock.BaseFileLock:
     """Makes the directories and takes the lock on them."""
-    lock = filelock.FileLock(path / LOCK, timeout=0)
+    # no soft lock where the file system has none: that one outlives a kill
+    lock = filelock.FileLock(path / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
         for name in (*DATASETS, "studies"):
             (path / name).mkdir(parents=True, exist_ok=True)
@@ -453,9 +443,13 @@ def _stem(row: TrialRow) -> str:
     return f"{row.study}-{row.number:06d}-{row.trial_id[:12]}"
 
 
+def _is_compact(path: Path) -> bool:
+    return COMPACT.fullmatch(path.stem) is not None
+
+
 def _next_compact(directory: Path) -> Path:
-    taken = [int(path.stem.removeprefix(COMPACT)) for path in directory.glob(f"{COMPACT}*.parquet")]
-    return directory / f"{COMPACT}{max(taken, default=0) + 1:06d}.parquet"
+    taken = [int(found[1]) for path in directory.glob("*.parquet") if (found := COMPACT.fullmatch(path.stem))]
+    return directory / f"compact-{max(taken, default=0) + 1:06d}.parquet"
 
 
 @contextlib.contextmanager
@@ -485,24 +479,131 @@ def _fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema) -> None:
-    split = ["token_offsets_s.list.element"] if "token_offsets_s" in schema.names else False
-    leaves = _leaves(schema)
-    plain = [name for name in leaves if not split or name not in split]
-    with _replacing(path) as file, pq.ParquetWriter(
-        file, schema, compression="zstd", use_dictionary=plain, use_byte_stream_split=split
-    ) as writer:
-        for table in tables:
-            writer.write_table(table)
+ONE_ROW = {"compression": "snappy", "use_dictionary": False, "write_statistics": False}
+"""A file of one row is all footer: 11 kB so, 43 kB as below, and three times faster to write and read."""
+
+MANY_ROWS = {"compression": "zstd"}
+ARRIVALS = {
+    "compression": "zstd",
+    "use_dictionary": [*SCHEMAS["requests"].names, "token_counts.list.element"],
+    "use_byte_stream_split": ["token_offsets_s.list.element"],
+}
+"""Arrival times do not repeat: with their bytes split, zstd takes a quarter off and a tenth of the time."""
 
 
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Joins small tables into row groups of about `ROW_GROUP_BYTES`."""
-    held: list[pa.Table] = []
-    for table in tables:
-        held.append(table)
-        if sum(part.nbytes for part in held) >= ROW_GROUP_BYTES:
-            yield pa.concat_tables(held)
-            held = []
-    if held:
-        yield pa.concat_tables(held)
+@contextlib.contextmanager
+def _parquet(path: Path, schema: pa.Schema, options: Mapping[str, Any]) -> Iterator[pq.ParquetWriter]:
+    """A Parquet file that appears whole. Parquet's own types say all of ours, so Arrow's copy of the schema is left out."""
+    if "token_offsets_s" in schema.names:
+        options = ARRIVALS
+    with _replacing(path) as file, pq.ParquetWriter(file, schema, store_schema=False, **options) as writer:
+        writer.add_key_value_metadata(schema.metadata)
+        yield writer
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    with _parquet(path, table.schema, ONE_ROW if len(table) == 1 else MANY_ROWS) as writer:
+        writer.write_table(table)
+
+
+def _merge(target: Path, schema: pa.Schema, sources: Iterable[tuple[Path, pa.Table | None]]) -> list[Path]:
+    """Writes the readable sources into one file that names them, and returns them."""
+    merged: list[Path] = []
+    with _parquet(target, schema, MANY_ROWS) as writer:
+        held: list[pa.Table] = []
+        for path, table in sources:
+            if table is None:
+                continue
+            merged.append(path)
+            held.append(_fitted(table, schema))
+            if sum(map(len, held)) >= ROW_GROUP_ROWS:
+                writer.write_table(pa.concat_tables(held).combine_chunks())
+                held = []
+        if held:
+            writer.write_table(pa.concat_tables(held).combine_chunks())
+        writer.add_key_value_metadata({"sources": json.dumps([path.name for path in merged])})
+    return merged
+
+
+# tables
+
+
+def _union(schema: pa.Schema, footers: Iterable[pa.Schema]) -> pa.Schema:
+    """Our columns, and those of a newer version that some file has: an older varcas drops nothing either."""
+    theirs = list(footers)
+    fields = {field.name: field for found in (*theirs, schema) for field in found}
+    versions = [int((found.metadata or {}).get(b"schema_version", 0)) for found in (schema, *theirs)]
+    ordered = dict.fromkeys([*schema.names, *fields])
+    return pa.schema([fields[name] for name in ordered], {"schema_version": str(max(versions))})
+
+
+def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with every column of the schema, null where it has none."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def _table(columns: Mapping[str, list[Any]], schema: pa.Schema) -> pa.Table:
+    return pa.table([_array(columns[field.name], field.type) for field in schema], schema=schema)
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values, kind)
+    except UnicodeEncodeError:  # half a surrogate pair, as a server's JSON may hold: no Parquet text
+        clean = [None if text is None else text.encode("utf-8", "replace").decode() for text in values]
+        return pa.array(clean, kind)
+
+
+def _owned(row: TrialRow, dataset: str, records: Iterable[Any]) -> pa.Table:
+    """Requests or samples as a table, with the trial that they belong to."""
+    held, schema = list(records), SCHEMAS[dataset]
+    columns: dict[str, list[Any]] = {name: [getattr(row, name)] * len(held) for name in _OWNER}
+    for name in schema.names[len(_OWNER) :]:
+        columns[name] = [getattr(record, name) for record in held]
+    return _table(columns, schema)
+
+
+def _row(values: Mapping[str, Any]) -> TrialRow:
+    """A row from a file; a column that the file lacks, or that is null, has its default."""
+    return TrialRow(**{name: value for name, value in values.items() if value is not None})
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# SQL
+
+
+def _answer(query: str, views: Mapping[str, Any]) -> pa.Table:
+    """Runs the query in a database of its own, which sees the views and no file."""
+    shut = ("python_enable_replacements", "autoinstall_known_extensions", "autoload_known_extensions")
+    with duckdb.connect(config=dict.fromkeys(shut, "false")) as connection:
+        for name, view in views.items():
+            connection.register(name, view)
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+        answer = connection.sql(query)
+        return pa.table({}) if answer is None else answer.to_arrow_table()
+
+
+def _with_flags(trials: pa.Table) -> pa.Table:
+    """Adds a column `flag_NAME` for each flag that a trial has."""
+    flags = [json.loads(text) for text in trials["config_json"].to_pylist()]
+    for name in sorted({name for found in flags for name in found}):
+        trials = trials.append_column(f"flag_{name}", _flag_column([found.get(name) for found in flags]))
+    return trials
+
+
+def _flag_column(values: list[Any]) -> pa.Array:
+    """Values of the one type that all have; integers and floats are floats; text where nothing else holds all."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds <= {bool} or kinds <= {str} or (kinds <= {int} and all(abs(v) < 1 << 63 for v in values if v is not None)):
+        return pa.array(values, SCALARS[next(iter(kinds), str)])
+    if kinds <= {int, float}:
+        return pa.array([None if value is None else float(value) for value in values], pa.float64())
+    return pa.array([value if value is None or isinstance(value, str) else json.dumps(value) for value in values])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import hashlib
 import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from varcas.errors import InputError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, Pool, in_ray_job
-from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, Sample, StageTimes, TrialRow
+from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, find, recommend, write_scripts
 from varcas.space import ServingConfig, Space, check_flags
 from varcas.store import Store
@@ -191,11 +190,11 @@ class Sweeper:
 
     def _open(self) -> None:
         experiment, node = self.experiment, self._node
-        timeout_s = experiment.server.download_timeout_s
+        timeout_s = experiment.server.download_timeout_s + 60
         self.facts: NodeFacts = self.pool.call(node, "facts", timeout_s=timeout_s)
         known = self.pool.call(node, "flag_names", timeout_s=300.0)
-        for config in self.space.flags_named():
-            check_flags(config, known)
+        for flags in self.space.flags_named():
+            check_flags(flags, known)
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
@@ -303,7 +302,7 @@ class Sweeper:
 
     def _start(self, job: Job) -> None:
         task = TrialTask(
-            trial_id=self._trial_id(job),
+            label=f"{job.number:05d}-{job.arm or job.purpose}",
             experiment=self.experiment,
             config=job.proposal.config,
             resolved=self._resolved or {},
@@ -323,8 +322,7 @@ class Sweeper:
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
         load = outcome.load if outcome else None
-        samples = _windowed(outcome.samples, load.t0_monotonic_s) if outcome and load else ()
-        self.store.append(row, load.records if load else (), samples)
+        self.store.append(row, load.records if load else (), outcome.samples if outcome else ())
         self._rows.append(row)
         if proposal is not None:
             self.study.tell(proposal, row, retry=row.failure_kind in RETRIED and row.state != "infeasible")
@@ -542,6 +540,7 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         "kv_cache_tokens": facts.kv_cache_tokens,
         "compile_s": facts.compile_s,
         "compile_cache_hit": facts.compile_cache_hit,
+        "fetch_s": times.fetch_s,
         "server_start_s": times.server_start_s,
         "warmup_s": times.warmup_s,
         "load_s": times.load_s,
@@ -550,20 +549,14 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         "log_path": outcome.log_path,
     }
     if outcome.load is not None:
-        samples = _windowed(outcome.samples, outcome.load.t0_monotonic_s)
-        columns |= summarise(outcome.load, experiment.slo, samples)
+        columns |= summarise(outcome.load, experiment.slo, outcome.samples)
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
     return columns
 
 
-def _windowed(samples: Sequence[Sample], t0_monotonic_s: float) -> tuple[Sample, ...]:
-    """Samples on the clock of the records: seconds from the start of the window."""
-    return tuple(dataclasses.replace(sample, t_s=sample.t_s - t0_monotonic_s) for sample in samples)
-
-
 def _staged_s(times: StageTimes) -> float:
-    return times.server_start_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
+    return times.fetch_s + times.server_start_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
 
 
 def _described(job: Job) -> str:

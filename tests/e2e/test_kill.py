@@ -63,7 +63,9 @@ def test_kill_9(start: Callable[..., tuple[Run, set[str], int]], victim: Callabl
     run.process.wait(5)
 
 
-def test_kill_9_of_the_actor_is_a_lost_worker_and_the_sweep_goes_on(start: Callable[..., tuple[Run, set[str], int]]) -> None:
+def test_kill_9_of_the_actor_is_a_lost_worker_and_the_sweep_goes_on(
+    start: Callable[..., tuple[Run, set[str], int]],
+) -> None:
     run, before, port = start(f"{SERVER} --ignore-sigterm")
     servers = set(run.marked("scripted_openai"))
     os.kill(actor(run), signal.SIGKILL)

@@ -44,7 +44,9 @@ class Cluster:
 
     def cli(self, *arguments: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         argv = [RAY, "job", arguments[0], "--address", f"http://127.0.0.1:{self.port}", *arguments[1:]]
-        return subprocess.run(argv, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+        return subprocess.run(
+            argv, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
 
     def submit(self, cwd: Path, *command: str, wait: bool = True) -> tuple[str, str]:
         """Returns the job's id and what it printed."""

@@ -8,8 +8,9 @@ A script that the *server's* Python runs by path (3.10 or newer): it imports vLL
     {"command": "check", "argv": [...],       {"ok": true, "resolved": {"scheduler": {...}, ...}, "endpoint": "chat"}
      "endpoint": "auto"}                  or  {"ok": false, "stage": "config", "error": "...", "flag": "max_num_seqs"}
 
-`stage` is `arguments` (the parser refuses), `config` (the engine's configuration does) or `endpoint` (no chat template).
-The first check costs 15-30 s (imports, and vLLM inspects the model in a process of its own), a further one milliseconds.
+`stage` is `arguments` (the parser refuses), `config` (the engine's configuration does) or `endpoint` (no chat
+template). The first check costs 5-30 s (imports, and vLLM inspects the model in a process of its own), a further one
+milliseconds.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ MAX_DEPTH = 3
 MAX_ITEMS = 128
 MAX_TEXT = 300
 LEFT_OUT = re.compile(
-    r"^instance_id$|(^|_)(ports?|ip|rank|uuid|api_key)(_|$)|^hf_token$|_hash$|^traced_files$"  # differ by start, or secret
-    r"|^hf_(text_|image_processor_)?config$|^(target|draft)_(model|parallel|load)_config$"  # the model's, not the server's
+    r"^instance_id$|(^|_)(ports?|ip|rank|uuid|api_key)(_|$)|^hf_token$|_hash$|^traced_files$"
+    r"|^hf_(text_|image_processor_)?config$|^(target|draft)_(model|parallel|load)_config$"
 )
-"""Settings that are not stored."""
+"""Settings that are not stored: they differ from start to start, are secret, or are the model's rather than ours."""
 TYPES = {
     "human_readable_int": "int",
     "human_readable_int_or_auto": "int",
@@ -44,7 +45,7 @@ TYPES = {
 }
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """vLLM does not take it."""
 
     def __init__(self, stage: str, error: str, flag: str | None = None) -> None:
@@ -53,8 +54,8 @@ class Refusal(Exception):
 
 
 def make_parser() -> Any:
-    """vLLM's own parser of `vllm serve`, which raises instead of exiting and takes no abbreviations."""
-    base = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser
+    """The parser that vLLM has for `vllm serve`, which raises instead of exiting and takes no abbreviations."""
+    base: Any = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser
 
     class Parser(base):  # type: ignore[misc]
         def print_usage(self, file: Any = None) -> None:
@@ -63,7 +64,7 @@ def make_parser() -> Any:
         def exit(self, status: int = 0, message: str | None = None) -> None:
             text = unwrapped((message or "this asks for help, not for a server").removeprefix(f"{self.prog}: error: "))
             named = re.match(r"argument (\S+?)[:/]", text) or re.match(r"unrecognized arguments: (--\S+)", text)
-            raise Refusal("arguments", text, spelled(named[1].split("=")[0]) if named else None)
+            raise RefusedError("arguments", text, spelled(named[1].split("=")[0]) if named else None)
 
     return cli_args().make_arg_parser(Parser(prog="vllm serve", allow_abbrev=False))
 
@@ -88,7 +89,9 @@ def describe(action: argparse.Action, deprecated: bool) -> dict[str, Any]:
     """One flag as JSON."""
     options = list(action.option_strings)
     long = [option for option in options if option.startswith("--")]
-    boolean = isinstance(action, argparse.BooleanOptionalAction) or (action.nargs == 0 and isinstance(action.const, bool))
+    boolean = isinstance(action, argparse.BooleanOptionalAction) or (
+        action.nargs == 0 and isinstance(action.const, bool)
+    )
     return {
         "name": spelled(long[0]),
         "options": options,
@@ -98,7 +101,7 @@ def describe(action: argparse.Action, deprecated: bool) -> dict[str, Any]:
         "help": (action.help or "").replace("%%", "%").strip() or None,
         "boolean": boolean,
         "negatable": isinstance(action, argparse.BooleanOptionalAction),
-        "several": action.nargs in ("*", "+") or isinstance(action.nargs, int) and action.nargs > 1,
+        "several": action.nargs in ("*", "+") or (isinstance(action.nargs, int) and action.nargs > 1),
         "deprecated": deprecated or bool(getattr(action, "deprecated", False)),
     }
 
@@ -124,7 +127,9 @@ def plain(value: Any, depth: int = MAX_DEPTH) -> Any:
         return settings(value, depth - 1) if depth else None
     if isinstance(value, Mapping):
         named = {str(key): plain(item, depth - 1) for key, item in value.items()} if depth else {}
-        return {key: item for key, item in named.items() if not LEFT_OUT.search(key)} if len(named) <= MAX_ITEMS else None
+        return (
+            {key: item for key, item in named.items() if not LEFT_OUT.search(key)} if len(named) <= MAX_ITEMS else None
+        )
     if isinstance(value, list | tuple | set | frozenset):
         items = [plain(item, depth - 1) for item in value] if depth and len(value) <= MAX_ITEMS else None
         return sorted(items, key=str) if items is not None and isinstance(value, set | frozenset) else items
@@ -184,11 +189,23 @@ def unwrapped(text: str) -> str:
 
 
 def named_flag(text: str, argv: list[str]) -> str | None:
-    """The flag of `argv` that a message speaks of first."""
-    given = [re.sub(r"^no_", "", spelled(item.split("=")[0])) for item in argv if item.startswith("--")]
-    words = re.findall(r"[a-z0-9_]+", text.replace("-", "_").lower())
-    found = [flag for flag in given if flag in words]
-    return min(found, key=words.index) if found else None
+    """The flag of `argv` that a message speaks of: by name, by a key of its JSON value, or by its value."""
+    spoken = [word.strip("_.") for word in re.findall(r"[a-z0-9_.]+", text.replace("-", "_").lower())]
+    names: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    values: dict[str, str] = {}
+    for item, following in zip(argv, [*argv[1:], "--"], strict=True):
+        if item.startswith("--"):
+            option, _, value = item.partition("=")
+            flag = re.sub(r"^no_", "", spelled(option))
+            value = value or ("" if following.startswith("--") else following)
+            names[flag] = flag
+            keys |= dict.fromkeys(re.findall(r'"(\w+)":', value), flag)
+            values[value.lower().replace("-", "_")] = flag
+    for known in (names, keys, values):
+        if found := [word for word in spoken if len(word) > 2 and word in known and known[word] != "model"]:
+            return known[found[0]]
+    return None
 
 
 class Answers:
@@ -199,24 +216,35 @@ class Answers:
         self._templates: dict[str, bool] = {}
 
     def version(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers `version`."""
         return {"version": importlib.import_module("vllm.version").__version__}
 
     def flags(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers `flags`."""
         parser = self._made_parser()
-        old = getattr(parser, "_deprecated", set())
+        old: set[Any] = getattr(parser, "_deprecated", set())
         options = [a for a in parser._actions if any(o.startswith("--") for o in a.option_strings)]
-        return {"flags": [describe(action, action in old) for action in options if "--help" not in action.option_strings]}
+        return {
+            "flags": [describe(action, action in old) for action in options if "--help" not in action.option_strings]
+        }
 
     def check(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Answers `check`.
+
+        Raises:
+            RefusedError: with what vLLM says.
+        """
         argv, endpoint = list(request["argv"]), request.get("endpoint", "auto")
         args = self._parsed(argv)
         try:
             config = engine_config(args)
         except (Exception, SystemExit) as error:  # whatever vLLM raises here, it would raise at the server's start
-            raise Refusal("config", *words(error, argv)) from error
+            raise RefusedError("config", *words(error, argv)) from error
         chat = endpoint != "completions" and self._can_chat(args, config)
         if endpoint == "chat" and not chat:
-            raise Refusal("endpoint", "the model has no chat template and `chat_template` gives none", "chat_template")
+            raise RefusedError(
+                "endpoint", "the model has no chat template and `chat_template` gives none", "chat_template"
+            )
         return {"resolved": resolved(config), "endpoint": "chat" if chat else "completions"}
 
     def _parsed(self, argv: list[str]) -> argparse.Namespace:
@@ -225,10 +253,10 @@ class Answers:
             if args.model_tag is not None:
                 args.model = args.model_tag
             cli_args().validate_parsed_serve_args(args)
-        except Refusal:
+        except RefusedError:
             raise
         except (Exception, SystemExit) as error:  # as above
-            raise Refusal("arguments", *words(error, argv)) from error
+            raise RefusedError("arguments", *words(error, argv)) from error
         return args
 
     def _made_parser(self) -> Any:
@@ -270,7 +298,7 @@ def answer(answers: Answers, line: str) -> dict[str, Any]:
     }
     try:
         return {"ok": True} | commands[request["command"]](request)
-    except Refusal as refusal:
+    except RefusedError as refusal:
         return {"ok": False, "stage": refusal.stage, "error": str(refusal), "flag": refusal.flag}
 
 

@@ -27,9 +27,9 @@ from pydantic import JsonValue
 from varcas.errors import InputError, nearest
 from varcas.experiment import Workload
 from varcas.records import ScheduledRequest
+from varcas.workload.wire import Endpoint
 
 Uniform = Callable[[], float]
-Endpoint = Literal["chat", "completions"]
 
 MIN_PROMPT_TOKENS = 4
 MIN_OUTPUT_TOKENS = 2  # a TPOT needs two
@@ -92,7 +92,7 @@ class Profile:
 
 
 # Agrawal et al., Vidur (MLSys 2024, arXiv:2405.05465), table 1, LMSYS-Chat-1M-4K: p50 and p90 of 417 and 1,678 prompt
-# tokens, 139 and 484 output tokens (means 686 and 197; the log-normals' own, cut at 4,096 tokens: 645 and 214).
+# tokens, 139 and 484 output tokens. Its means are 686 and 197; these log-normals', cut at 4,096 tokens, 638 and 221.
 CHAT_PROMPT = Lengths.of_quantiles(417, 1678)
 CHAT_OUTPUT = Lengths.of_quantiles(139, 484)
 
@@ -103,7 +103,8 @@ PROFILES: dict[str, Profile] = {
         1024,
         "LMSYS-Chat-1M (Zheng et al., ICLR 2024, arXiv:2309.11998, table 1): 69.5 tokens a prompt and 214.5 a response "
         "on average, Llama-2 tokenizer, a turn without its history. The spread is that of the same chats in Vidur's "
-        "table 1 (arXiv:2405.05465): p90 / p50 = 1678 / 417 and 484 / 139. Prompt + output at most 1024.",
+        "table 1 (arXiv:2405.05465): p90 / p50 = 1678 / 417 and 484 / 139. Prompt + output at most 1024, "
+        "which leaves means of 66 and 187 tokens, medians of 39 and 130, p90 of 150 and 419.",
     ),
     "chat-medium": Profile(
         Lengths.of_mean(161.31, CHAT_PROMPT.sigma),
@@ -111,7 +112,8 @@ PROFILES: dict[str, Profile] = {
         2048,
         "ShareGPT as vLLM's authors serve it (Kwon et al., SOSP 2023, arXiv:2309.06180, figure 11): 161.31 prompt and "
         "337.99 output tokens on average. The paper has no percentiles: the spread is that of LMSYS-Chat-1M in Vidur's "
-        "table 1 (arXiv:2405.05465), p90 / p50 = 1678 / 417 and 484 / 139. Prompt + output at most 2048, as there.",
+        "table 1 (arXiv:2405.05465), p90 / p50 = 1678 / 417 and 484 / 139. Prompt + output at most 2048, "
+        "as there, which leaves means of 152 and 307 tokens, medians of 88 and 207, p90 of 351 and 685.",
     ),
     "chat-long": Profile(
         Lengths.of_quantiles(1730, 5696),
@@ -119,7 +121,8 @@ PROFILES: dict[str, Profile] = {
         8192,
         "openchat_sharegpt4 in Sarathi-Serve (Agrawal et al., OSDI 2024, arXiv:2403.02310, table 2), chats with GPT-4 "
         "and their whole history: p50 and p90 of 1730 and 5696 prompt tokens, 415 and 834 output tokens, prompt + "
-        "output at most 8192, as there.",
+        "output at most 8192, as there, which leaves means of 2112 and 480 tokens, medians of 1626 and 414, p90 of "
+        "4561 and 830.",
     ),
 }
 

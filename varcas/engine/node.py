@@ -1,0 +1,114 @@
+"""What a worker node says before any server starts there: its model, its vLLM, its GPU, and vLLM's word on flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from varcas import hardware
+from varcas.engine.fetch import FetchedModel, check_local_model, fetch_model, is_local
+from varcas.engine.probe import probe_python
+from varcas.engine.validation import Checked, Validator
+from varcas.engine.vllm import server_env, without
+from varcas.experiment import Server
+
+__all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "check_local_model"]
+
+
+def cache_dir() -> Path:
+    """Where a node keeps what a later run can use: vLLM's answers, fitted prompts, where models lie.
+
+    `VARCAS_CACHE` names another place; each node needs one of its own.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("VARCAS_CACHE") or Path(home) / "varcas")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What a node is, as far as it decides whether two measurements may be compared."""
+
+    engine_version: str
+    model_path: str
+    model_revision: str
+    gpu_name: str | None
+    driver_version: str | None
+
+
+class Node:
+    """Answers for the node it is made on; `Pool.service` places it on a worker.
+
+    Args:
+        server: the experiment's: which Python, which environment.
+        model: hub id or directory.
+        revision: of a hub model.
+    """
+
+    def __init__(self, server: Server, model: str, revision: str | None) -> None:
+        self._server, self._model, self._revision = server, model, revision
+        self._python = probe_python(server.python)
+        self._env = server_env(server.env, python=self._python.python)
+        self._gpus = hardware.gpus()
+        self._fetched: FetchedModel | None = None
+        self._validator = Validator(server.python, self._env, cache_dir(), self._gpu_name)
+
+    @property
+    def _gpu_name(self) -> str | None:
+        return self._gpus[0].name if self._gpus else None
+
+    def has_vllm(self) -> bool:
+        """Whether the server's Python has vLLM."""
+        return self._python.vllm_version is not None
+
+    def vllm_version(self) -> str | None:
+        """Of the server's Python; None without one."""
+        return self._python.vllm_version
+
+    def model_is_local(self) -> bool:
+        """The model is a directory here."""
+        return is_local(self._model) and Path(self._model).expanduser().is_dir()
+
+    def facts(self) -> NodeFacts:
+        """Fetches the model, if need be, and says what is here.
+
+        Raises:
+            MissingVllm: the server's Python has no vLLM.
+            TrialError: `model_download`, `bad_model_files`, `missing_dependency`.
+        """
+        version = self._python.require().vllm_version
+        assert version is not None
+        fetched = self.fetch()
+        gpu = self._gpus[0] if self._gpus else None
+        driver = gpu.driver_version if gpu else None
+        return NodeFacts(version, fetched.path, fetched.revision, self._gpu_name, driver)
+
+    def fetch(self) -> FetchedModel:
+        """The model on this node, fetched once. Raises as `facts`."""
+        if self._fetched is None:
+            cache = cache_dir()
+            cache.mkdir(parents=True, exist_ok=True)
+            self._fetched = fetch_model(
+                self._model,
+                self._revision,
+                python=self._python.python,
+                env=self._env,
+                cache_dir=cache,
+                log=cache / "fetch.log",
+                deadline_s=self._server.download_timeout_s,
+            )
+        return self._fetched
+
+    def flag_names(self) -> list[str]:
+        """Flags of `vllm serve` of the version here."""
+        return list(self._validator.flags())
+
+    def check(self, argv: Sequence[str]) -> Checked:
+        """vLLM's word on a configuration (`ServingConfig.argv()`), with the model as it lies on this node."""
+        here = ["--model", self.fetch().path, *without(argv, "--model", "--revision")]
+        return self._validator.check(here)
+
+    def close(self) -> None:
+        """Ends the child that asks vLLM."""
+        self._validator.close()

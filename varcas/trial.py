@@ -1,0 +1,247 @@
+"""One server start, from the model's files to the freed GPU. Every failure is an outcome: the one catch is here."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from varcas import hardware, telemetry
+from varcas.engine.node import Node, cache_dir
+from varcas.engine.vllm import HOST, VllmServer
+from varcas.errors import TrialError, VarcasError
+from varcas.experiment import Experiment
+from varcas.records import LoadResult, Outcome, RequestRecord, Sample, ServerFacts, StageTimes, State
+from varcas.space import ServingConfig
+from varcas.workload.chat import decide_endpoint, schedule
+from varcas.workload.driver import Load
+from varcas.workload.prompts import fit_prompts
+from varcas.workload.wire import Endpoint, Target
+
+WARMUP_DRAIN_S = 2.0
+"""After the warm-up's window; what still runs then is aborted, and the server waited for until it is idle."""
+IDLE_TIMEOUT_S = 15.0
+INTERRUPTED_GRACE_S = 1.0
+"""A stop that was asked for from outside has little time: Ray kills a job 3 s after its SIGTERM."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialTask:
+    """What a worker needs to know of one server start.
+
+    Attributes:
+        label: names its log, say `00007-search`.
+        experiment: as loaded.
+        config: what to start.
+        resolved: vLLM's settings for it, as the validator gave them.
+        log_dir: where the server's log goes.
+        num_gpus: GPUs reserved for it; 0 on a CPU.
+    """
+
+    label: str
+    experiment: Experiment
+    config: ServingConfig
+    resolved: Mapping[str, Any]
+    log_dir: str
+    num_gpus: int
+
+
+def run_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
+    """Measures one configuration on a server of its own; nothing of it is left when this returns.
+
+    Args:
+        task: what to start and how to load it.
+        cancelled: set it to end early; what was measured until then is kept.
+    """
+    return _Trial(task, cancelled).run()
+
+
+class _Trial:
+    """The state of one start, for the few seconds that it lives."""
+
+    def __init__(self, task: TrialTask, cancelled: threading.Event) -> None:
+        self._task, self._cancelled = task, cancelled
+        self._experiment = task.experiment
+        self._gpus = hardware.gpus() if task.num_gpus else ()
+        self._log_dir = Path(task.log_dir)
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._log = self._log_dir / f"{task.label}.log"
+        self._spent_s: dict[str, float] = collections.defaultdict(float)
+        self._facts = ServerFacts()
+        self._load: LoadResult | None = None
+        self._samples: tuple[Sample, ...] = ()
+
+    def run(self) -> Outcome:
+        started_at = datetime.datetime.now(datetime.UTC)
+        began_s = time.monotonic()
+        state: State = "complete"
+        kind = detail = None
+        try:
+            self._measure()
+        except TrialError as error:
+            kind, detail = error.kind, error.detail
+            state = "stopped" if kind == "interrupted" else "failed"
+        return Outcome(
+            state=state,
+            started_at=started_at,
+            host=telemetry.gpu_facts(self._gpus),
+            times=self._times(time.monotonic() - began_s),
+            facts=self._facts,
+            load=self._load,
+            samples=self._samples,
+            failure_kind=kind,
+            failure_detail=detail,
+            log_path=str(self._log),
+        )
+
+    def _measure(self) -> None:
+        """Start, warm up, load, drain, stop.
+
+        Raises:
+            TrialError: whichever of these fails first.
+        """
+        experiment, task = self._experiment, self._task
+        with self._stage("fetch"):
+            fetched = Node(experiment.server, experiment.model, experiment.revision).fetch()
+        telemetry.require_idle(self._gpus)
+        endpoint = decide_endpoint(experiment.workload.endpoint, Path(fetched.path), task.config.flags)
+        with tempfile.TemporaryDirectory(prefix="varcas-load-") as work, contextlib.ExitStack() as running:
+            with self._stage("server_start"):
+                server = VllmServer.start(
+                    task.config.argv(),
+                    python=experiment.server.python,
+                    env=experiment.server.env,
+                    model_path=fetched.path,
+                    log=self._log,
+                    gpus=self._gpus,
+                )
+                running.callback(self._stop, server)
+                load = self._start_load(Path(work))
+                running.callback(self._close, load)
+                server.wait_ready(experiment.server.start_timeout_s, self._cancelled, endpoint)
+            self._facts = server.facts(task.resolved, fetched.revision)
+            with _ours_as_trial_error(server):
+                self._load_server(server, load, endpoint)
+
+    def _start_load(self, work_dir: Path) -> Load:
+        """Starts Locust early: its imports run while the server starts."""
+        return Load.start(self._log_dir / f"{self._task.label}.load.log", work_dir)
+
+    def _load_server(self, server: VllmServer, load: Load, endpoint: Endpoint) -> None:
+        workload = self._experiment.workload
+        if workload.warmup_s:
+            with self._stage("warmup"):
+                self._run_load(server, load, endpoint, "warmup", workload.warmup_s, WARMUP_DRAIN_S)
+                self._wait_idle(server)
+        with telemetry.Sampler(server.url, self._gpus) as sampler:
+            began_s = time.monotonic()
+            result = self._run_load(server, load, endpoint, "measure", workload.duration_s, workload.max_drain_s)
+            sampler.stop()
+            self._load = result
+            self._samples = sampler.samples(result.t0_monotonic_s)
+        self._spent_s["warmup"] += max(0.0, result.t0_monotonic_s - began_s)  # fitting prompts, building requests
+        self._spent_s["load"], self._spent_s["drain"] = result.duration_s, result.drain_s
+        if not result.records:
+            raise TrialError("all_requests_failed", f"no request came due in {workload.duration_s:g} s: lengthen it")
+        if all(record.error not in (None, "unfinished") for record in result.records):
+            raise TrialError("all_requests_failed", _commonest_error(result.records))
+
+    def _run_load(
+        self, server: VllmServer, load: Load, endpoint: Endpoint, stream: str, duration_s: float, max_drain_s: float
+    ) -> LoadResult:
+        """One load, of which the server must have lived to see the end."""
+        workload = self._experiment.workload
+        target = Target(HOST, server.port, server.model_id, server.api_key)
+        requests = schedule(workload, start_s=0.0, duration_s=duration_s, max_len=self._max_model_len(), stream=stream)
+        fitted = fit_prompts(target, requests, endpoint=endpoint, cache_dir=cache_dir() / "prompts")
+        result = load.run(
+            target,
+            fitted,
+            duration_s=duration_s,
+            max_drain_s=max_drain_s,
+            cache_salt=uuid.uuid4().hex,  # no prefix cache carries over from any other load
+            sampling=workload.sampling,
+            endpoint=endpoint,
+            stall_timeout_s=self._experiment.server.stall_timeout_s,
+            cancelled=self._cancelled,
+            alive=server.alive,
+        )
+        if self._cancelled.is_set():
+            self._load = result if stream == "measure" else None
+            raise TrialError("interrupted", f"asked to stop during the {stream} load")
+        if not server.alive():
+            self._load = result if stream == "measure" else None
+            raise server.failure("load")
+        return result
+
+    def _wait_idle(self, server: VllmServer) -> None:
+        """Waits until the server has let go of what the warm-up aborted."""
+        ends_s = time.monotonic() + IDLE_TIMEOUT_S
+        while time.monotonic() < ends_s and not self._cancelled.is_set():
+            with contextlib.suppress(OSError):
+                seen = telemetry.scrape(server.url)
+                if not seen.get("num_requests_running") and not seen.get("num_requests_waiting"):
+                    return
+            self._cancelled.wait(0.1)
+
+    def _max_model_len(self) -> int | None:
+        named = self._task.config.flags.get("max_model_len")
+        resolved = (self._task.resolved.get("model") or {}).get("max_model_len")
+        return next((n for n in (resolved, named) if isinstance(n, int)), None)
+
+    def _stop(self, server: VllmServer) -> None:
+        grace_s = INTERRUPTED_GRACE_S if self._cancelled.is_set() else self._experiment.server.stop_timeout_s
+        with self._stage("stop"):
+            server.stop(grace_s)
+            problem = None if self._cancelled.is_set() else server.wait_freed()
+        if problem:  # what was measured stands; the next start here finds the GPU busy, and is tried again
+            with self._log.open("a") as log:
+                log.write(f"varcas: after the stop, {problem}\n")
+
+    def _close(self, load: Load) -> None:
+        with self._stage("stop"):
+            load.close()
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._spent_s[name] += time.monotonic() - began_s
+
+    def _times(self, wall_s: float) -> StageTimes:
+        spent = self._spent_s
+        return StageTimes(
+            fetch_s=spent["fetch"],
+            server_start_s=spent["server_start"],
+            warmup_s=spent["warmup"],
+            load_s=spent["load"],
+            drain_s=spent["drain"],
+            stop_s=spent["stop"],
+            overhead_s=max(0.0, wall_s - sum(spent.values())),
+        )
+
+
+@contextlib.contextmanager
+def _ours_as_trial_error(server: VllmServer) -> Iterator[None]:
+    """A load that could not be run: the dead server's fault, or the worker's, which is retried."""
+    try:
+        yield
+    except VarcasError as error:
+        if not server.alive():
+            raise server.failure("load") from error
+        raise TrialError("worker_lost", str(error)) from error
+
+
+def _commonest_error(records: tuple[RequestRecord, ...]) -> str:
+    (error, count), *_ = collections.Counter(record.error for record in records).most_common(1)
+    return f"{count} of {len(records)} requests: {error}"
