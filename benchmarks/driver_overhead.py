@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import socket
-import sys
 import tempfile
 import threading
 import time
@@ -137,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

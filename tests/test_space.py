@@ -5,7 +5,6 @@ import json
 import pickle
 import random
 import shlex
-import stat
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from varcas.errors import InputError
@@ -145,12 +144,12 @@ def test_command_can_be_pasted_into_a_shell() -> None:
 
 
 @pytest.fixture
-def fake_python(tmp_path: Path) -> str:
-    """A program that prints its arguments and chosen environment variables as JSON."""
-    path = tmp_path / "fake python"
+def fake_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A program that prints its arguments and its environment as JSON."""
+    path = tmp_path_factory.mktemp("bin") / "fake python"
     code = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
     path.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    path.chmod(0o755)
     return str(path)
 
 
@@ -165,25 +164,15 @@ def run_script(script: str, tmp_path: Path, *words: str, **env: str) -> tuple[li
     return argv, environment
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flags=flag_values)
 def test_script_starts_the_server_with_exactly_the_configurations_arguments(
-    flags: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+    flags: dict[str, Any], tmp_path: Path, fake_python: str
 ) -> None:
-    tmp_path = tmp_path_factory.mktemp("script")
-    python = fake_python.__wrapped__(tmp_path) if hasattr(fake_python, "__wrapped__") else _fake(tmp_path)
     made = ServingConfig("models/it's a model", "r1", flags)
-    argv, _ = run_script(made.start_script(python=python), tmp_path)
+    argv, _ = run_script(made.start_script(python=fake_python), tmp_path)
     assert argv[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
     assert argv[2:] == [*made.argv(), "--host", "127.0.0.1", "--port", "8000"]
-
-
-def _fake(tmp_path: Path) -> str:
-    path = tmp_path / "fake"
-    code = "import json, os, sys; print(json.dumps([sys.argv[1:], dict(os.environ)]))"
-    path.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{code}' \"$@\"\n")
-    path.chmod(0o755)
-    return str(path)
 
 
 def test_script_takes_host_port_python_and_key_from_the_environment(tmp_path: Path, fake_python: str) -> None:
@@ -278,7 +267,8 @@ def test_a_conditional_flag_is_left_out_where_its_condition_does_not_hold() -> N
 
 def test_a_condition_may_stand_before_the_flag_it_names_and_may_name_a_fixed_one() -> None:
     made = space(
-        "{b: {choices: [x, y], when: {a: true}}, a: {choices: [true, false]}, c: {choices: [1, 2], when: {dtype: half}}}"
+        "{b: {choices: [x, y], when: {a: true}}, a: {choices: [true, false]}, "
+        "c: {choices: [1, 2], when: {dtype: half}}}"
     )
     assert made.size() == (2 + 1) * 2
 

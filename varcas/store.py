@@ -8,6 +8,11 @@
 
 A file is written under a dot-name, fsynced, renamed, and the folder fsynced: a reader sees it whole or not at all.
 requests and samples come before the trial's row; without their row they are orphans, which the next writer removes.
+It also brings files of an older schema up to its own, so that any reader of Parquet can read a dataset as it stands:
+
+    pyarrow.dataset.dataset("results/trials")
+    duckdb.sql("select * from 'results/trials/*.parquet'")
+    polars.scan_parquet("results/trials/*.parquet")
 """
 
 from __future__ import annotations
@@ -272,11 +277,22 @@ class Store:
             for path in self._superseded(dataset):
                 path.unlink()
         if self._refresh():  # a row that cannot be read must not cost its requests
-            known = {_stem(row) for rows in self._rows.values() for row in rows}
             for dataset in ("requests", "samples"):
-                for path in (self.path / dataset).glob("*.parquet"):
-                    if path.stem not in known and not _is_compact(path):
-                        path.unlink()
+                for path in set((self.path / dataset).glob("*.parquet")) - self._owned_files(dataset):
+                    path.unlink()
+        for dataset in DATASETS:
+            self._upgrade(dataset)
+
+    def _upgrade(self, dataset: str) -> None:
+        """Merges files of an older schema into one of ours: a reader that takes the first file's columns loses none."""
+        files = self._files(dataset)
+        if any(footer is not None and _version(footer) < SCHEMA_VERSION for footer in map(self._footer, files)):
+            self._compact(dataset, files)
+
+    def _owned_files(self, dataset: str) -> set[Path]:
+        """Files of trials that have a row."""
+        known = {_stem(row) for rows in self._rows.values() for row in rows}
+        return {path for path in (self.path / dataset).glob("*.parquet") if _is_compact(path) or path.stem in known}
 
     def _superseded(self, dataset: str) -> list[Path]:
         directory = self.path / dataset
@@ -386,13 +402,15 @@ class Store:
             if len(files) > above:
                 try:
                     self._compact(dataset, files)
-                except OSError as error:
+                except (OSError, pa.ArrowException) as error:
                     raise VarcasError(f"{self.path / dataset}: could not be compacted: {error}") from error
 
     def _compact(self, dataset: str, files: list[Path]) -> None:
         directory = self.path / dataset
         if dataset == "trials":
             files = [path for path in files if path.name in self._rows]
+        else:
+            files = sorted(self._owned_files(dataset).intersection(files))
         footers = {path: footer for path in files if (footer := self._footer(path)) is not None}
         target = _next_compact(directory)
         merged = _merge(target, _union(SCHEMAS[dataset], footers.values()), ((p, self._read(p)) for p in footers))
@@ -493,7 +511,7 @@ ARRIVALS = {
 
 @contextlib.contextmanager
 def _parquet(path: Path, schema: pa.Schema, options: Mapping[str, Any]) -> Iterator[pq.ParquetWriter]:
-    """A Parquet file that appears whole. Parquet's own types say all of ours, so Arrow's copy of the schema is left out."""
+    """A Parquet file that appears whole; Parquet's own types say all of ours, so Arrow's copy of the schema is out."""
     if "token_offsets_s" in schema.names:
         options = ARRIVALS
     with _replacing(path) as file, pq.ParquetWriter(file, schema, store_schema=False, **options) as writer:
@@ -515,12 +533,12 @@ def _merge(target: Path, schema: pa.Schema, sources: Iterable[tuple[Path, pa.Tab
             if table is None:
                 continue
             merged.append(path)
-            held.append(_fitted(table, schema))
+            held.append(table)
             if sum(map(len, held)) >= ROW_GROUP_ROWS:
-                writer.write_table(pa.concat_tables(held).combine_chunks())
+                writer.write_table(_fitted(held, schema))
                 held = []
         if held:
-            writer.write_table(pa.concat_tables(held).combine_chunks())
+            writer.write_table(_fitted(held, schema))
         writer.add_key_value_metadata({"sources": json.dumps([path.name for path in merged])})
     return merged
 
@@ -528,19 +546,24 @@ def _merge(target: Path, schema: pa.Schema, sources: Iterable[tuple[Path, pa.Tab
 # tables
 
 
+def _version(schema: pa.Schema) -> int:
+    return int((schema.metadata or {}).get(b"schema_version", 0))
+
+
 def _union(schema: pa.Schema, footers: Iterable[pa.Schema]) -> pa.Schema:
     """Our columns, and those of a newer version that some file has: an older varcas drops nothing either."""
     theirs = list(footers)
     fields = {field.name: field for found in (*theirs, schema) for field in found}
-    versions = [int((found.metadata or {}).get(b"schema_version", 0)) for found in (schema, *theirs)]
     ordered = dict.fromkeys([*schema.names, *fields])
-    return pa.schema([fields[name] for name in ordered], {"schema_version": str(max(versions))})
+    return pa.schema([fields[name] for name in ordered], {"schema_version": str(max(map(_version, (schema, *theirs))))})
 
 
-def _fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with every column of the schema, null where it has none."""
+def _fitted(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
+    """The tables as one, with every column of the schema, null where it has none."""
+    table = pa.concat_tables(tables, promote_options="default").combine_chunks()
+    have = dict(zip(table.column_names, table.columns, strict=True))
     columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        have[field.name].cast(field.type) if field.name in have else pa.nulls(len(table), field.type)
         for field in schema
     ]
     return pa.table(columns, schema=schema)

@@ -358,24 +358,22 @@ class Sweeper:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             while queue and not self._out_of_time(reserve=False) and self.pool.has_room(queue[0][1].gpu_count or 1):
-                arm, row = queue.pop(0)
-                self._start(self._confirm_job(arm, row))
-            if not self.pool.busy:
-                self.ended = self.ended or "time budget spent"
-                return False
+                self._start(self._confirm_job(*queue.pop(0)))
+            if queue and self._out_of_time(reserve=False):
+                self.ended, queue = "time budget spent", []
             self._collect()
-            if find(self._rows, self.experiment).winner not in (winner, None):
-                return True
-            if not queue and not self.pool.busy:
-                queue = self._retries(baseline, winner)
+            best = find(self._rows, self.experiment).winner
+            if best is None or best.config_hash != winner.config_hash:
+                return best is not None
+            queue = queue or self._retries(baseline, winner)
         return False
 
     def _missing(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
         """Starts still to make, in the order B W W B B W ..., so that drift hits both arms alike."""
         repeats = self.experiment.study.repeats
         have = {
-            "baseline": len(confirmations(self._rows, "baseline", baseline.config_hash)),
-            "candidate": len(confirmations(self._rows, "candidate", winner.config_hash)),
+            arm: sum(row.valid is not False for row in confirmations(self._rows, arm, row.config_hash))
+            for arm, row in (("baseline", baseline), ("candidate", winner))
         }
         rows = {"baseline": baseline, "candidate": winner}
         order = [
@@ -390,9 +388,11 @@ class Sweeper:
         return [(arm, rows[arm]) for arm in order]
 
     def _retries(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
-        """Starts that were lost through no fault of the configuration, up to `max_retries` of them."""
-        lost = sum(row.purpose == "confirm" and row.failure_kind in RETRIED for row in self._rows)
-        return self._missing(baseline, winner) if lost <= self.experiment.study.max_retries else []
+        """Starts that were lost or not to be believed, which is not the configuration's fault; `max_retries` of them."""
+        if self.pool.busy:
+            return []
+        again = sum(row.failure_kind in RETRIED or row.valid is False for row in self._rows if row.purpose == "confirm")
+        return self._missing(baseline, winner) if again <= self.experiment.study.max_retries else []
 
     def _confirm_job(self, arm: str, row: TrialRow) -> Job:
         flags = json.loads(row.config_json)

@@ -6,6 +6,7 @@ The words are those of vLLM 0.24 and 0.32, torch 2, huggingface_hub 1 and the ke
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 from collections.abc import Iterable, Iterator
@@ -287,7 +288,8 @@ def _joined(text: str, following: list[str]) -> str:
     if "ValidationError" not in text:
         return text
     rest = [line[prefix.end() :] for line in following if (prefix := _PREFIX.match(line))]
-    said = [line.strip() for line in rest if line.strip() and "For further information" not in line]
+    mine = itertools.takewhile(lambda line: not _RAISED.match(line) and not line.startswith("Traceback"), rest)
+    said = [line.strip() for line in mine if line.strip() and "For further information" not in line]
     return re.sub(r" \[type=\w+, .*", "", " ".join([text, *said]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,9 @@ from varcas.engine.failures import classify, read_log
 from varcas.errors import InputError, TrialError
 
 POLL_S = 0.1
+STOP_GRACE_S = 1.0
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
+LARGE_BYTES = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 SCRIPT = """
 import json, os, sys
@@ -90,11 +93,19 @@ def _problem(model: str) -> str | None:
 
 
 def local_revision(directory: Path) -> str:
-    """A hash over the small files' content and the weights' names and sizes: it changes when the model does."""
+    """A hash over the small files' content and the large ones' names and sizes: it changes when the model does."""
+    files = [(path, path.stat()) for path in sorted(directory.iterdir()) if path.is_file()]
+    return _hash_of(tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files))
+
+
+@functools.lru_cache(maxsize=16)
+def _hash_of(files: tuple[tuple[str, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.iterdir() if p.is_file()):
-        content = path.stat().st_size.to_bytes(8, "big") if path.suffix in WEIGHTS else path.read_bytes()
-        digest.update(f"{path.name}\0{len(content)}\0".encode() + content)
+    for name, size, _ in files:
+        path = Path(name)
+        large = path.suffix in WEIGHTS or size > LARGE_BYTES
+        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(b"" if large else path.read_bytes())
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
@@ -167,10 +178,11 @@ def _fetch(
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
     with Child.start(argv, env={**env, **quiet}, log=log, pipes=True) as child:
         while (status := child.wait(POLL_S)) is None:
-            if cancelled is not None and cancelled.is_set():
-                raise TrialError("interrupted", f"{model}: asked to stop while it was fetched")
-            if time.monotonic() > ends_s:
-                raise TrialError("model_download", f"{model}: not fetched before the deadline; see {log}")
+            stopped = cancelled is not None and cancelled.is_set()
+            if stopped or time.monotonic() > ends_s:
+                child.stop(grace_s=STOP_GRACE_S)  # what was downloaded stays, and the next one goes on from there
+                late = TrialError("model_download", f"{model}: not fetched before the deadline; see {log}")
+                raise TrialError("interrupted", f"{model}: asked to stop while it was fetched") if stopped else late
         assert child.stdout is not None
         answer = child.stdout.read() if status == 0 else ""
     if not answer:

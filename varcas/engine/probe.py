@@ -13,6 +13,8 @@ from pathlib import Path
 from varcas.errors import InputError
 
 TIMEOUT_S = 30.0
+OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+"""They describe this Python, and are wrong for another one."""
 SCRIPT = """
 import json, platform
 from importlib import metadata
@@ -69,6 +71,12 @@ class PythonFacts:
         )
 
 
+def environment_for(python: str) -> dict[str, str]:
+    """Returns this process's environment, without what would mislead another Python than this one."""
+    same = os.path.dirname(os.path.abspath(python)) == os.path.dirname(os.path.abspath(sys.executable))
+    return {name: value for name, value in os.environ.items() if same or name not in OWN_VARIABLES}
+
+
 def probe_python(python: str | None = None) -> PythonFacts:
     """Looks at a Python; None is this one. Takes about 50 ms, and nothing when asked again."""
     path = os.path.expanduser(python or sys.executable)
@@ -82,9 +90,8 @@ def probe_python(python: str | None = None) -> PythonFacts:
 @functools.lru_cache(maxsize=64)
 def _probe(path: str, _changed_ns: int) -> PythonFacts:
     try:
-        done = subprocess.run(
-            [path, "-c", SCRIPT, "probe"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
+        argv, env = [path, "-c", SCRIPT, "probe"], environment_for(path)
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         return PythonFacts(path, **json.loads(done.stdout))
     except OSError as error:
         return PythonFacts(path, problem=error.strerror or str(error))

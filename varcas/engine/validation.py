@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
@@ -94,6 +95,7 @@ class Validator:
         self._gpu_name = gpu_name
         self._child: Child | None = None
         self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._listener: threading.Thread | None = None
         self._lock = threading.Lock()
 
     @property
@@ -209,17 +211,20 @@ class Validator:
             "VLLM_LOGGING_LEVEL": "WARNING",
             "PYTHONUNBUFFERED": "1",
         }
-        log = self._kept / "validator.log"
+        log = self._kept / f"validator-{os.getpid()}.log"
         log.unlink(missing_ok=True)
         child = Child.start([facts.python, str(SCRIPT)], env={**self._env, **quiet}, log=log, pipes=True)
         answers = self._answers = queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(child, answers), name="validator", daemon=True).start()
+        self._listener = threading.Thread(target=_listen, args=(child, answers), name="validator", daemon=True)
+        self._listener.start()
         return child
 
     def _end(self) -> None:
         child, self._child = self._child, None
-        if child is not None:
+        if child is not None and self._listener is not None:
             child.stop(grace_s=0)  # it holds nothing: no reason to wait
+            self._listener.join()
+            child.close()
 
     def _died(self, child: Child) -> VarcasError:
         kind, line = classify(read_log(child.log), child.poll())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import secrets
 import shlex
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from varcas import hardware
 from varcas.child import Child, free_port, listener_is_ours
 from varcas.engine.failures import classify, doomed, read_log, redact
-from varcas.engine.probe import probe_python
+from varcas.engine.probe import environment_for, probe_python
 from varcas.errors import TrialError
 from varcas.hardware import Gpu
 from varcas.records import ServerFacts
@@ -30,7 +29,7 @@ MODEL_ID = "model"
 """`--served-model-name` of every server: requests, labels and logs do not depend on where a node keeps the model."""
 POLL_S = 0.1
 HTTP_TIMEOUT_S = 5.0
-DOOM_S = 10.0
+DOOM_S = 5.0
 """A server whose engine is dead gets so long to end by itself, and to finish its log."""
 STOP_GRACE_S = 15.0
 FREED_S = 30.0
@@ -40,8 +39,6 @@ REMOVED = ("VLLM_SERVER_DEV_MODE", "VLLM_API_KEY")
 """Never inherited: development mode opens remote calls."""
 NOT_INHERITED = ("OMP_NUM_THREADS", "CUDA_LAUNCH_BLOCKING")
 """Set for the experiment alone: Ray sets the first for its workers, and no start script would repeat it."""
-OTHER_PYTHON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
-"""Of this Python, and wrong for another one."""
 Endpoint = Literal["chat", "completions"]
 
 _KV_TOKENS = re.compile(r"KV cache size: ([\d,]+) tokens")
@@ -59,21 +56,13 @@ _CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\} ", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def server_env(
-    extra: Mapping[str, str], *, python: str | None = None, base: Mapping[str, str] | None = None
-) -> dict[str, str]:
+def server_env(extra: Mapping[str, str], python: str | None = None) -> dict[str, str]:
     """Returns a server's environment without its key: this process's (CUDA_VISIBLE_DEVICES too), then `extra`'s."""
-    env = dict(os.environ if base is None else base)
-    dropped = [*REMOVED, *NOT_INHERITED]
-    if python is not None and os.path.realpath(python) != os.path.realpath(sys.executable):
-        dropped += OTHER_PYTHON
-    for name in dropped:
-        env.pop(name, None)
+    own = environment_for(python or sys.executable)
+    inherited = {name: value for name, value in own.items() if name not in NOT_INHERITED}
     fixed = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    env |= {**fixed, "NO_COLOR": "1", **extra}
-    for name in REMOVED:
-        env.pop(name, None)
-    return env
+    env = {**inherited, **fixed, "NO_COLOR": "1", **extra}
+    return {name: value for name, value in env.items() if name not in REMOVED}
 
 
 def server_command(argv: Sequence[str], *, python: str, has_command: bool, port: int, model_path: str) -> list[str]:
@@ -170,7 +159,7 @@ class VllmServer:
         )
         watched = hardware.gpus() if gpus is None else tuple(gpus)
         before = hardware.memory_used_bytes(watched)
-        whole_env = server_env(env or {}, python=facts.python) | {"VLLM_API_KEY": api_key}
+        whole_env = server_env(env or {}, facts.python) | {"VLLM_API_KEY": api_key}
         try:
             child = Child.start(command, env=whole_env, log=log)
         except OSError as error:

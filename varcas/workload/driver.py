@@ -159,11 +159,11 @@ class Load:
         stopping = stalled = False
         while True:
             event = self._event(min(deadline_s, time.monotonic() + POLL_S))
-            match event:
-                case {"event": "done"}:
+            match event or {}:
+                case {"event": "done", **done}:
                     if stalled:
                         raise TrialError("hung", f"no token for {stall_timeout_s:g} s with requests in flight")
-                    return event
+                    return done
                 case {"event": "progress", "quiet_s": quiet_s} if not stopping and quiet_s > stall_timeout_s:
                     stalled = stopping = self._stop(0.0)
             if not stopping and (cancelled() or not alive()):
@@ -224,7 +224,7 @@ def _write_private(path: Path, data: bytes) -> None:
 
 
 def _read_result(path: Path, done: Mapping[str, Any]) -> LoadResult:
-    """Reads a JSON line of records without their tokens, then all tokens' offsets, then all counts, as machine words."""
+    """Reads a JSON line of records without their tokens, then every token's offset, then every count, in binary."""
     with path.open("rb") as file:
         rows = json.loads(file.readline())
         num_events = sum(row[-1] for row in rows)
@@ -234,9 +234,9 @@ def _read_result(path: Path, done: Mapping[str, Any]) -> LoadResult:
     records, start = [], 0
     for *values, length in rows:
         end = start + length
-        fields = dict(zip(RECORD_FIELDS, values, strict=True))
-        tokens = {"token_offsets_s": tuple(offsets_s[start:end]), "token_counts": tuple(counts[start:end])}
-        records.append(RequestRecord(**fields, **tokens))
+        fields: dict[str, Any] = dict(zip(RECORD_FIELDS, values, strict=True))
+        fields |= {"token_offsets_s": tuple(offsets_s[start:end]), "token_counts": tuple(counts[start:end])}
+        records.append(RequestRecord(**fields))
         start = end
     return LoadResult(
         records=tuple(records),

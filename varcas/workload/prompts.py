@@ -193,18 +193,13 @@ def _find_atoms(tokenizer: _Tokenizer) -> Vocabulary:
 
 
 def _candidates() -> Iterator[str]:
-    """Common words, then letters, syllables and pseudo-words, each once: what a byte-pair vocabulary tends to hold."""
-    consonants, vowels, letters = "bcdfghjklmnprstvwz", "aeiou", "abcdefghijklmnopqrstuvwxyz"
-    syllables = ["".join(pair) for pair in itertools.product(consonants, vowels)]
-    rng = random.Random(0)
-    longer = ["".join(pair) for pair in itertools.product(syllables, syllables)]
+    """Common words, syllables, letters, pairs of letters, each once: what a byte-pair vocabulary tends to hold."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
     groups = (
         COMMON_WORDS.split(),
-        syllables,
+        ("".join(pair) for pair in itertools.product("bcdfghjklmnprstvwz", "aeiou")),
         letters,
         ("".join(pair) for pair in itertools.product(letters, letters)),
-        ("".join(parts) for parts in itertools.product(consonants, vowels, consonants)),
-        rng.sample(longer, 1000),
     )
     yield from dict.fromkeys(itertools.chain.from_iterable(groups))
 
@@ -222,8 +217,8 @@ def _fitting(request: ScheduledRequest, vocabulary: Vocabulary, max_model_len: i
         output_tokens = max(min(output_tokens, max_model_len - prompt_tokens), MIN_OUTPUT_TOKENS)
     if max_model_len is not None and prompt_tokens + output_tokens > max_model_len:
         raise VarcasError(
-            f"request {request.index} needs {prompt_tokens} + {output_tokens} tokens, the server takes {max_model_len}: "
-            "lower `workload.max_tokens` or raise `max_model_len`"
+            f"request {request.index} needs {prompt_tokens} + {output_tokens} tokens, the server takes "
+            f"{max_model_len}: lower `workload.max_tokens` or raise `max_model_len`"
         )
     return dataclasses.replace(request, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 

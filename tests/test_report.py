@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.rows import confirm, experiment, failed, row
+from varcas.experiment import Experiment
+from varcas.records import TrialRow
+from varcas.report import as_text, pareto_front, ranked, recommend, write_scripts
+
+STEADY = [100.0, 101.0, 99.0]
+BETTER = [120.0, 121.0, 119.0]
+
+
+def verdict(rows: list[TrialRow], of: Experiment | None = None) -> str:
+    return recommend(rows, of or experiment()).verdict
+
+
+def test_a_clear_gain_from_fresh_starts_is_better() -> None:
+    answer = recommend([row(None, 100), row(8, 130), *confirm(None, *STEADY), *confirm(8, *BETTER)], experiment())
+    assert answer.verdict == "better"
+    assert answer.changes == {"max_num_seqs": 8}
+    assert answer.gain is not None
+    assert answer.gain.ratio == pytest.approx(1.2, abs=0.01), "not the 1.3 of the search"
+    assert answer.gain.lo is not None
+    assert 1.1 < answer.gain.lo < 1.2
+    assert "3 fresh starts" in answer.headline
+
+
+@pytest.mark.parametrize(
+    ("baseline", "winner", "why"),
+    [
+        ([100.0, 140.0, 80.0], [110.0, 150.0, 90.0], "interval"),
+        (STEADY[:2], BETTER[:2], "3 an arm"),
+        (STEADY, BETTER[:2], "3 an arm"),
+        (STEADY, [90.0, 91.0, 89.0], "interval"),
+    ],
+)
+def test_what_is_not_sure_is_inconclusive_and_keeps_the_baseline(
+    baseline: list[float], winner: list[float], why: str
+) -> None:
+    answer = recommend([row(None, 100), row(8, 130), *confirm(None, *baseline), *confirm(8, *winner)], experiment())
+    assert answer.verdict == "inconclusive"
+    assert answer.deploy == {"dtype": "half"}
+    assert answer.changes == {}
+
+
+def test_the_rows_that_chose_the_winner_do_not_count_for_its_gain() -> None:
+    answer = recommend([row(None, 100), row(8, 500)], experiment())
+    assert answer.verdict == "unconfirmed"
+    assert answer.gain is None
+    assert answer.deploy == {"dtype": "half", "max_num_seqs": 8}
+
+
+def test_a_winner_that_fails_a_fresh_start_gives_way_to_the_next() -> None:
+    broken = failed(8, purpose="confirm", arm="candidate")
+    answer = recommend([row(None, 100), row(4, 120), row(8, 130), broken], experiment())
+    assert answer.winner is not None
+    assert answer.winner.flags["max_num_seqs"] == 4
+
+
+def test_a_lost_worker_in_a_fresh_start_is_nobodys_fault() -> None:
+    lost = failed(8, "worker_lost", purpose="confirm", arm="candidate")
+    rows = [row(None, 100), row(8, 130), lost, *confirm(None, *STEADY), *confirm(8, *BETTER)]
+    assert verdict(rows) == "better"
+
+
+def test_invalid_measurements_are_never_ranked() -> None:
+    rows = [row(None, 100), row(8, 900, valid=False, invalid_reasons=["late"]), row(4, 110)]
+    answer = recommend(rows, experiment())
+    assert answer.winner is not None
+    assert answer.winner.flags["max_num_seqs"] == 4
+    assert any("not to be believed" in warning for warning in answer.warnings)
+
+
+def test_the_slo_comes_before_the_objective() -> None:
+    of = experiment(slo="{ttft_p95_ms: 500}")
+    rows = [
+        row(None, 100, slo_met=True, constraints={"ttft_p95_ms": -0.1}),
+        row(8, 900, slo_met=False, constraints={"ttft_p95_ms": 2.0}),
+        row(4, 110, slo_met=True, constraints={"ttft_p95_ms": -0.2}),
+    ]
+    answer = recommend(rows, of)
+    assert answer.winner is not None
+    assert answer.winner.flags["max_num_seqs"] == 4
+
+
+def test_a_winner_that_misses_the_slo_in_a_fresh_start_is_not_better() -> None:
+    of = experiment(slo="{ttft_p95_ms: 500}")
+    met = {"slo_met": True, "constraints": {"ttft_p95_ms": -0.1}}
+    missed = {"slo_met": False, "constraints": {"ttft_p95_ms": 0.1}}
+    rows = [row(None, 100, **met), row(8, 130, **met), *confirm(None, *STEADY, **met)]
+    assert verdict([*rows, *confirm(8, *BETTER, **met)], of) == "better"
+    assert verdict([*rows, *confirm(8, *BETTER[:2], **met), *confirm(8, BETTER[2], **missed)], of) == "inconclusive"
+
+
+def test_nothing_meets_the_slo() -> None:
+    rows = [
+        row(None, 100, slo_met=False, constraints={"ttft_p95_ms": 3.0}),
+        row(8, 90, slo_met=False, constraints={"ttft_p95_ms": 0.25}, number=7),
+    ]
+    answer = recommend(rows, experiment(slo="{ttft_p95_ms: 500}"))
+    assert answer.verdict == "no_answer"
+    assert not answer.has_answer
+    assert "trial 7, misses ttft_p95_ms by 25%" in answer.headline
+
+
+def test_nothing_runs() -> None:
+    answer = recommend([failed(None), failed(8, "kv_cache_too_small")], experiment())
+    assert answer.verdict == "no_answer"
+    assert [f.kind for f in answer.failures] == ["out_of_memory", "kv_cache_too_small"]
+
+
+def test_a_baseline_that_does_not_run() -> None:
+    answer = recommend([failed(None), row(8, 100)], experiment())
+    assert answer.verdict == "no_baseline"
+    assert answer.deploy == {"dtype": "half", "max_num_seqs": 8}
+
+
+def test_the_baseline_may_be_the_best() -> None:
+    answer = recommend([row(None, 100), row(8, 90)], experiment())
+    assert answer.verdict == "baseline_best"
+    assert answer.deploy == {"dtype": "half"}
+
+
+def test_lower_is_better_when_it_is_minimised() -> None:
+    of = experiment(objective="{minimize: tpot_mean_ms}")
+    rows = [row(None, tpot_mean_ms=10.0), row(8, tpot_mean_ms=4.0), row(4, tpot_mean_ms=7.0)]
+    rows += [c.model_copy(update={"tpot_mean_ms": v}) for c, v in zip(confirm(None, 1, 1, 1), STEADY, strict=True)]
+    rows += [c.model_copy(update={"tpot_mean_ms": v}) for c, v in zip(confirm(8, 1, 1, 1), [50, 51, 49], strict=True)]
+    answer = recommend(rows, of)
+    assert answer.verdict == "better"
+    assert answer.gain is not None
+    assert answer.gain.ratio == pytest.approx(0.5, abs=0.02)
+
+
+def test_pareto_front_holds_what_nothing_beats() -> None:
+    of = experiment(objective="[{maximize: output_tokens_per_s}, {minimize: ttft_p95_ms}]")
+    a, b, c = row(1, 100, ttft_p95_ms=10.0), row(2, 200, ttft_p95_ms=50.0), row(4, 90, ttft_p95_ms=20.0)
+    assert {r.trial_id for r in pareto_front([a, b, c], of.objectives)} == {a.trial_id, b.trial_id}
+    assert verdict([row(None, 50, ttft_p95_ms=60.0), a, b, c], of) == "pareto"
+
+
+def test_one_row_a_configuration_is_ranked() -> None:
+    rows = [row(8, 100), row(8, 120), row(4, 110)]
+    assert [r.output_tokens_per_s for r in ranked(rows, experiment().objectives[0])] == [120, 110]
+
+
+def test_simulated_is_said_everywhere(tmp_path: Path) -> None:
+    rows = [row(None, 100, simulated=True), row(8, 130, simulated=True)]
+    answer = recommend(rows, experiment())
+    assert answer.simulated
+    assert "SIMULATED" in as_text(answer)
+    script = write_scripts(rows, experiment(), tmp_path)
+    assert script is not None
+    assert "SIMULATED" in Path(script).read_text()
+
+
+def test_scripts_start_what_was_recommended(tmp_path: Path) -> None:
+    rows = [row(None, 100), row(8, 130), *confirm(None, *STEADY), *confirm(8, *BETTER)]
+    script = write_scripts(rows, experiment(), tmp_path)
+    assert script == str(tmp_path / "start_vllm_optimized.sh")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["start_vllm.sh", "start_vllm_optimized.sh"]
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    said = subprocess.run([script], env=os.environ | {"PYTHON": str(echo)}, capture_output=True, text=True, check=True)
+    assert "--max-num-seqs\n8\n" in said.stdout
+    assert "better" in Path(script).read_text() or "+20" in Path(script).read_text()
+
+
+def test_text_has_everything_a_person_needs() -> None:
+    rows = [row(None, 100), row(8, 130), failed(4), *confirm(None, *STEADY), *confirm(8, *BETTER)]
+    text = as_text(recommend(rows, experiment(), ended="space exhausted"))
+    for words in ("better", "95 % interval", "max_num_seqs = 8", "out_of_memory: words", "space exhausted", "1 failed"):
+        assert words in text, text
