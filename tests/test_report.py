@@ -36,7 +36,6 @@ def test_a_clear_gain_from_fresh_starts_is_better() -> None:
         ([100.0, 140.0, 80.0], [110.0, 150.0, 90.0], "interval"),
         (STEADY[:2], BETTER[:2], "3 an arm"),
         (STEADY, BETTER[:2], "3 an arm"),
-        (STEADY, [90.0, 91.0, 89.0], "interval"),
     ],
 )
 def test_what_is_not_sure_is_inconclusive_and_keeps_the_baseline(
@@ -44,8 +43,17 @@ def test_what_is_not_sure_is_inconclusive_and_keeps_the_baseline(
 ) -> None:
     answer = recommend([row(None, 100), row(8, 130), *confirm(None, *baseline), *confirm(8, *winner)], experiment())
     assert answer.verdict == "inconclusive"
+    assert why in answer.headline
     assert answer.deploy == {"dtype": "half"}
     assert answer.changes == {}
+
+
+def test_a_winner_that_is_worse_in_fresh_starts_leaves_the_baseline_standing() -> None:
+    rows = [row(None, 100), row(8, 130), *confirm(None, *STEADY), *confirm(8, 90.0, 91.0, 89.0)]
+    answer = recommend(rows, experiment())
+    assert answer.verdict == "baseline_best"
+    assert answer.deploy == {"dtype": "half"}
+    assert "-10" in answer.headline
 
 
 def test_the_rows_that_chose_the_winner_do_not_count_for_its_gain() -> None:

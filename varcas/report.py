@@ -269,11 +269,17 @@ def _verdict(finding: Finding, gain: GainOut | None, winner: Arm | None, experim
         return "better"  # it meets an SLO that the baseline misses, in every fresh start
     if gain is None:
         return "unconfirmed"
-    better = (
-        gain.lo is not None and gain.hi is not None and (gain.lo > 1 if gain.direction == "maximize" else gain.hi < 1)
-    )
+    if _one_side(gain, better=False):
+        return "baseline_best"
     missed = winner.slo_met_starts is not None and winner.slo_met_starts < len(winner.values)
-    return "better" if better and not missed and not winner.failed_starts else "inconclusive"
+    return "better" if _one_side(gain, better=True) and not missed and not winner.failed_starts else "inconclusive"
+
+
+def _one_side(gain: GainOut, *, better: bool) -> bool:
+    """The whole interval lies on the better (or the worse) side of 1."""
+    if gain.lo is None or gain.hi is None:
+        return False
+    return gain.lo > 1 if better == (gain.direction == "maximize") else gain.hi < 1
 
 
 def _deployed(verdict: Verdict, finding: Finding) -> TrialRow | None:
@@ -295,9 +301,10 @@ def _headline(
     if verdict == "inconclusive" and gain and winner:
         why = gain.reason or _why_unproven(winner)
         return f"inconclusive: {percent(gain)} {metric}, {why}; keep the baseline or give it more starts (--repeats)"
+    worse = f": the search's winner made {percent(gain)} {metric} of it in fresh starts" if gain else ""
     words: dict[Verdict, str] = {
         "unconfirmed": "best in the search, not confirmed: its figure flatters it (run again with --repeats 3)",
-        "baseline_best": "the baseline was not beaten",
+        "baseline_best": f"the baseline was not beaten{worse}",
         "no_baseline": "the baseline does not run; this is the best configuration that does",
         "pareto": "several objectives: choose from the Pareto front",
         "no_answer": _no_answer(rows),

@@ -248,10 +248,15 @@ class Store:
             InputError: in DuckDB's words.
         """
         while True:
-            views = {name: self._dataset(name) for name in DATASETS if name == "trials" or name in query.lower()}
+            views: dict[str, Any] = {}
             try:
+                for name in DATASETS:
+                    if name == "trials" or name in query.lower():
+                        views[name] = self._dataset(name)
                 views["trials"] = _with_flags(views["trials"].to_table())
                 return _answer(query, views)
+            except FileNotFoundError:  # compacted between the listing and the look
+                continue
             except (duckdb.Error, OSError) as error:
                 if not self._compacted_since(views):
                     raise InputError(f"SQL: {error}") from error
@@ -301,7 +306,11 @@ class Store:
 
     def _sources(self, path: Path) -> list[str]:
         """Files that a compact file was merged from."""
-        if (footer := self._footer(path)) is None:
+        try:
+            footer = self._footer(path)
+        except FileNotFoundError:
+            return []
+        if footer is None:
             return []
         names: list[str] = json.loads((footer.metadata or {}).get(b"sources", b"[]"))
         return names
@@ -355,12 +364,12 @@ class Store:
             return None
 
     def _footer(self, path: Path) -> pa.Schema | None:
-        """A file's schema with the file's metadata; None when it is damaged or gone."""
+        """A file's schema with the file's metadata; None when it is damaged."""
         try:
             with pq.ParquetFile(path) as file:
                 return file.schema_arrow.with_metadata(file.metadata.metadata)
         except FileNotFoundError:
-            return None
+            raise
         except (OSError, pa.ArrowException) as error:
             self._warn(path, error)
             return None
