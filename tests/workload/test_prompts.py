@@ -51,6 +51,7 @@ class Awkward(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and body in one segment
     server: Awkward
 
     def do_POST(self) -> None:

