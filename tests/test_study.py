@@ -86,6 +86,8 @@ class Desk:
         self.study = self.open()
 
     def open(self) -> Study:
+        if hasattr(self, "study"):
+            self.study.close()
         self.study = open_study(self.experiment, self.space, self.storage, past=self.rows)
         return self.study
 
@@ -109,18 +111,17 @@ class Desk:
 
     @property
     def optuna(self) -> optuna.Study:
-        """As another program sees it."""
-        return optuna.load_study(study_name="t", storage=loaded(self.storage))
+        """As another program sees it; from a database, through the study's own connection."""
+        storage = loaded(self.storage) if self.storage.startswith("journal:") else self.study._storage
+        return optuna.load_study(study_name="t", storage=storage)
 
     def states(self) -> list[str]:
         return [trial.state.name for trial in self.optuna.trials]
 
 
-def loaded(url: str) -> Any:
-    if url.startswith("journal:"):
-        path = url.removeprefix("journal:")
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
-    return url.replace("postgresql://", "postgresql+psycopg://")
+def loaded(url: str) -> optuna.storages.BaseStorage:
+    path = url.removeprefix("journal:")
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(path))
 
 
 def throughput(proposal: Proposal) -> dict[str, Any]:
@@ -143,7 +144,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         if POSTGRESQL is None:
             pytest.skip("VARCAS_TEST_POSTGRESQL names no database")
         yield POSTGRESQL
-        optuna.delete_study(study_name="t", storage=loaded(POSTGRESQL))
     else:
         yield (
             f"journal:{tmp_path / 'new' / 's.log'}" if request.param == "journal" else f"sqlite:///{tmp_path}/new/s.db"
@@ -188,6 +188,8 @@ def test_every_sampler_searches_resumes_and_rebuilds_on_every_storage(sampler: s
     hashes = [proposal.config.hash for proposal in (*first, *rest)]
     assert len(set(hashes)) == len(hashes) == 16
     assert {p.number for p in (*first, *rest)[1:]} <= {trial.number for trial in desk.optuna.trials}
+    optuna.delete_study(study_name="t", storage=desk.study._storage)
+    desk.study.close()
 
 
 def summary(desk: Desk) -> list[tuple[str, Any, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from varcas import hardware, telemetry
 from varcas.child import free_port
+from varcas.errors import TrialError
 from varcas.records import Sample
 from varcas.telemetry import COUNTERS, FIELDS, Sampler, deltas, gpu_facts, parse_metrics, require_idle, scrape
 
@@ -104,7 +106,7 @@ def test_samples_come_at_their_times(url: str) -> None:
     cpu_s = time.process_time() - cpu_s
     samples = sampler.samples(t0_s)
     assert 10 <= len(samples) <= 13
-    steps = [b.t_s - a.t_s for a, b in zip(samples, samples[1:-1], strict=False)]
+    steps = [b.t_s - a.t_s for a, b in itertools.pairwise(samples[:-1])]
     assert sum(steps) / len(steps) == pytest.approx(0.1, abs=0.02)
     assert all(sample.num_requests_running == 0.0 for sample in samples)
     assert all(sample.gpu_power_w is None and sample.gpu_throttled is None for sample in samples)
@@ -191,8 +193,6 @@ time.sleep(60)
 
 @needs_gpu
 def test_memory_that_another_process_holds_makes_a_gpu_busy() -> None:
-    from varcas.errors import TrialError
-
     require_idle()
     before = hardware.memory_used_bytes(hardware.gpus())
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from varcas.child import free_port
+from varcas.child import Child, free_port
 from varcas.workload.driver import Load
 from varcas.workload.wire import Target
 
@@ -43,7 +43,7 @@ class Server:
 StartServer = Callable[..., Server]
 
 
-def wait_until_up(process: subprocess.Popen[bytes], url: str, timeout_s: float) -> None:
+def wait_until_up(process: subprocess.Popen[bytes] | Child, url: str, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         assert process.poll() is None, "the server ended"
@@ -76,7 +76,16 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
         server.process.wait()
 
 
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """One child for all tests of a file, as for all measurements of a server."""
+    directory = tmp_path_factory.mktemp("load")
+    with Load.start(directory / "load.log", directory / "load") as started:
+        yield started
+
+
 @pytest.fixture
-def load(tmp_path: Path) -> Iterator[Load]:
+def own_load(tmp_path: Path) -> Iterator[Load]:
+    """A child for a test that ends it or looks at its files."""
     with Load.start(tmp_path / "load.log", tmp_path / "load") as started:
         yield started

@@ -68,9 +68,7 @@ def test_the_rate_is_the_one_asked_for(workload: Workload, duration_s: float) ->
 
 @given(workload=workloads, duration_s=st.floats(1, 10))
 @settings(max_examples=30, deadline=None)
-def test_a_longer_window_only_adds_and_lengths_do_not_depend_on_the_rate(
-    workload: Workload, duration_s: float
-) -> None:
+def test_a_longer_window_only_adds_and_lengths_do_not_depend_on_the_rate(workload: Workload, duration_s: float) -> None:
     short = schedule(workload, start_s=0, duration_s=duration_s, max_len=None, stream="measure")
     long = schedule(workload, start_s=0, duration_s=2 * duration_s, max_len=None, stream="measure")
     assert long[: len(short)] == short
@@ -142,7 +140,9 @@ def test_lengths_follow_from_what_the_sources_give(median: float, factor: float)
 
 
 def test_an_unknown_profile_names_the_nearest_and_all() -> None:
-    with pytest.raises(InputError, match=r"'chat-medum' is unknown. Did you mean chat-medium\? Known: chat-long, chat-"):
+    with pytest.raises(
+        InputError, match=r"'chat-medum' is unknown. Did you mean chat-medium\? Known: chat-long, chat-"
+    ):
         schedule(Workload(profile="chat-medum", rate_rps=1), start_s=0, duration_s=1, max_len=None, stream="measure")
 
 

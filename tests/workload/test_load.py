@@ -60,7 +60,7 @@ def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: Start
 
     assert [record.index for record in result.records] == list(range(len(requests)))
     assert errors(result) == {None}
-    for record, request in zip(result.records, requests, strict=True):
+    for record, (request, _) in zip(result.records, fitted, strict=True):
         assert record.prompt_tokens == record.scheduled_prompt_tokens == request.prompt_tokens
         assert record.output_tokens == record.scheduled_output_tokens == request.output_tokens
         assert sum(record.token_counts) == len(record.token_counts) == len(record.token_offsets_s)
@@ -211,40 +211,52 @@ def test_times_before_the_window_are_negative(load: Load, start_server: StartSer
     assert [record.sent_s for record in result.records] == pytest.approx([-1.0, -0.5, 0.5], abs=0.05)
 
 
-def test_the_key_is_in_no_argument_log_or_file(load: Load, start_server: StartServer, tmp_path: Path) -> None:
+def test_the_key_is_in_no_argument_log_or_file(own_load: Load, start_server: StartServer, tmp_path: Path) -> None:
     server = start_server()
     seen: list[bytes] = []
 
     def look() -> bool:
         seen.extend(path.read_bytes() for path in (tmp_path / "load").iterdir() if path.exists())
-        seen.append(Path(f"/proc/{load.pid}/cmdline").read_bytes())
-        seen.append(Path(f"/proc/{load.pid}/environ").read_bytes())
+        seen.append(Path(f"/proc/{own_load.pid}/cmdline").read_bytes())
+        seen.append(Path(f"/proc/{own_load.pid}/environ").read_bytes())
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "load").iterdir())
         return False
 
-    assert errors(run(load, server.target, every(0.1, 5), cancelled=look)) == {None}
+    assert errors(run(own_load, server.target, every(0.1, 5), cancelled=look)) == {None}
     assert len(seen) > 10
     assert not [data for data in seen if API_KEY.encode() in data]
     assert list((tmp_path / "load").iterdir()) == []
     assert API_KEY not in (tmp_path / "load.log").read_text()
 
 
-def test_a_child_that_is_killed_is_an_error_in_words(load: Load, start_server: StartServer) -> None:
+def test_a_child_that_is_killed_is_an_error_in_words(own_load: Load, start_server: StartServer) -> None:
     server = start_server("--itl-ms", "50")
 
     def kill() -> bool:
-        os.kill(load.pid, signal.SIGKILL)
+        os.kill(own_load.pid, signal.SIGKILL)
         return False
 
     with pytest.raises(VarcasError, match=r"the load's process ended with -9; see .*load\.log"):
-        run(load, server.target, every(0.1, 5, output_tokens=100), cancelled=kill)
+        run(own_load, server.target, every(0.1, 5, output_tokens=100), cancelled=kill)
 
 
-def test_the_end_of_its_input_ends_the_child_during_a_run(load: Load, start_server: StartServer) -> None:
-    server = start_server()
-    assert errors(run(load, server.target, every(0.1, 2))) == {None}
-    load.close()
-    assert not Path(f"/proc/{load.pid}").exists()
+@pytest.mark.parametrize("way", ["end of input", "SIGTERM"])
+def test_a_child_that_is_told_to_end_hands_over_what_there_is(
+    own_load: Load, start_server: StartServer, way: str
+) -> None:
+    server = start_server("--itl-ms", "50")
+    begun_s = time.monotonic()
+
+    def end() -> bool:
+        if time.monotonic() - begun_s > 3:
+            stdin = own_load._child.stdin
+            assert stdin is not None
+            stdin.close() if way == "end of input" else os.kill(own_load.pid, signal.SIGTERM)
+        return False
+
+    result = run(own_load, server.target, every(0.1, 300, output_tokens=10), duration_s=30.0, cancelled=end)
+    assert errors(result) == {None, "unfinished", "not sent"}
+    assert own_load._child.wait(5) == 0
 
 
 class Raw:
@@ -292,7 +304,9 @@ class Raw:
                 return False
             data += more
         head, _, body = data.partition(b"\r\n\r\n")
-        length = int(next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split()[1])
+        length = int(
+            next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split()[1]
+        )
         while len(body) < length:
             body += connection.recv(65536)
         return True
@@ -325,7 +339,11 @@ def split(raw_bytes: bytes, size: int) -> list[bytes | None]:
         ([None], (), "connection"),
         ([b"HTTP/1.1 200 OK\r\ncont", b""], (), "connection closed within the head"),
         ([b""], (), "connection closed before the response"),
-        ([response([token("a", [1]), b'data: {"choi\n\n', token("c", [3], "length"), DONE])[0]], (1, 1), "broken event"),
+        (
+            [response([token("a", [1]), b'data: {"choi\n\n', token("c", [3], "length"), DONE])[0]],
+            (1, 1),
+            "broken event",
+        ),
         ([HEAD + b"content-length: 0\r\n\r\n"], (), "no finish_reason"),
         ([b"HTTP/1.1 503 Busy\r\ncontent-length: 4\r\n\r\nBusy"], (), "http 503: Busy"),
     ],

@@ -104,9 +104,7 @@ def test_however_the_bytes_are_cut_each_event_gets_the_stamp_of_its_last_byte(
 
 @given(length=st.integers(0, 1200), merge=st.integers(1, 7), framing=st.sampled_from(sorted(FRAMINGS)))
 @settings(max_examples=200)
-def test_a_response_that_breaks_off_anywhere_keeps_what_came_and_says_so(
-    length: int, merge: int, framing: str
-) -> None:
+def test_a_response_that_breaks_off_anywhere_keeps_what_came_and_says_so(length: int, merge: int, framing: str) -> None:
     raw, _ = response(EVENTS, framing, merge)
     answer = parse([raw[:length]] if length else [], [1.0])
     if length >= len(raw):

@@ -115,6 +115,7 @@ class Load:
             _write_private(plan, json.dumps([[*_as_row(request), prompt] for request, prompt in requests]).encode())
             command = {
                 "op": "run",
+                "run": name,
                 "plan": str(plan),
                 "result": str(result),
                 "target": dataclasses.asdict(target),
@@ -127,7 +128,7 @@ class Load:
             self._tell(command)
             early_s = max(0.0, -min((request.at_s for request, _ in requests), default=0.0))
             deadline_s = time.monotonic() + PREPARE_TIMEOUT_S + early_s + duration_s + max_drain_s + MARGIN_S
-            done = self._watch(deadline_s, stall_timeout_s, is_cancelled, alive)
+            done = self._watch(name, deadline_s, stall_timeout_s, is_cancelled, alive)
             return _read_result(result, done)
         finally:
             plan.unlink(missing_ok=True)
@@ -153,13 +154,20 @@ class Load:
             self._ready = True
 
     def _watch(
-        self, deadline_s: float, stall_timeout_s: float, cancelled: Callable[[], bool], alive: Callable[[], bool]
+        self,
+        name: str,
+        deadline_s: float,
+        stall_timeout_s: float,
+        cancelled: Callable[[], bool],
+        alive: Callable[[], bool],
     ) -> dict[str, Any]:
         """Follows one run to its end; returns the child's last word on it."""
         stopping = stalled = False
         while True:
             event = self._event(min(deadline_s, time.monotonic() + POLL_S))
             match event or {}:
+                case {"run": other} if other != name:  # the end of a run that was given up
+                    continue
                 case {"event": "done", **done}:
                     if stalled:
                         raise TrialError("hung", f"no token for {stall_timeout_s:g} s with requests in flight")

@@ -2,7 +2,7 @@
 
     python -m varcas.workload.locustfile < commands > events
 
-Commands and events are JSON lines. `run` (plan, result, target, endpoint, sampling, cache_salt, duration_s,
+Commands and events are JSON lines. `run` (its name, plan, result, target, endpoint, sampling, cache_salt, duration_s,
 max_drain_s) is answered by `progress` lines and one `done`; `stop` (grace_s) ends it early. The end of the
 input, or SIGTERM, stops the run, writes what there is, and ends the process.
 
@@ -54,6 +54,7 @@ from varcas.workload.wire import (  # noqa: E402
 
 RECV_BYTES = 65536
 MAX_IDLE_S = 3.0  # uvicorn closes after 5
+IDLE_RACE_S = 1.0  # a connection that was closed while idle shows it within a round trip
 SPARE_USERS = 64
 LEAD_S = 0.1
 LATE_S = 1.0  # a request that is this late at the window's end is not sent any more
@@ -123,7 +124,10 @@ class Connections:
 class Run:
     """One measurement."""
 
-    def __init__(self, target: Target, exchanges: list[Exchange], duration_s: float, max_drain_s: float) -> None:
+    def __init__(
+        self, name: str, target: Target, exchanges: list[Exchange], duration_s: float, max_drain_s: float
+    ) -> None:
+        self.name = name
         self.connections = Connections(target)
         self.exchanges = exchanges
         self.duration_s = duration_s
@@ -145,7 +149,7 @@ class Run:
         try:
             connection, reused = self.connections.take(fresh=False)
             whole = self._converse(connection, exchange)
-            if reused and not exchange.pieces:  # it was closed while idle: not the server's failure
+            if reused and not exchange.pieces and self._just_sent(exchange):  # closed while idle: not a failure
                 connection.close()
                 connection, _ = self.connections.take(fresh=True)
                 whole = self._converse(connection, exchange)
@@ -173,6 +177,9 @@ class Run:
             exchange.failure = f"connection broke: {error.strerror or error}"
             return False
 
+    def _just_sent(self, exchange: Exchange) -> bool:
+        return monotonic() - (exchange.sent_s or 0.0) < IDLE_RACE_S
+
     def receive(self, connection: Any, exchange: Exchange) -> bool:
         """Stamps what comes until the response is whole or the connection ends: no parsing here."""
         pieces, stamps_s, end = exchange.pieces, exchange.stamps_s, End()
@@ -189,7 +196,8 @@ class Run:
                 return True
 
     def _end(self, exchange: Exchange) -> None:
-        exchange.end_s = self.life_s = exchange.stamps_s[-1] if exchange.failure is None else monotonic()
+        self.life_s = monotonic()
+        exchange.end_s = self.life_s if exchange.failure or not exchange.stamps_s else exchange.stamps_s[-1]
         self.num_done += 1
         self.ended.put(exchange)
         if self.num_done == len(self.exchanges):
@@ -276,7 +284,7 @@ class Process:
         gevent.spawn(self._read)
         self._say(event="ready")
         while (command := self._runs.get()) is not None:
-            self._say(event="done", **self._measure(command))
+            self._say(event="done", run=command["run"], **self._measure(command))
         self._runner.quit()
 
     def end(self) -> None:
@@ -314,7 +322,7 @@ class Process:
         rows = json.loads(Path(command["plan"]).read_bytes())
         exchanges = [Exchange(row, row[1], _request(target, command, row[-1], row[3], counting)) for row in rows]
         exchanges.sort(key=lambda exchange: exchange.at_s)
-        run = self._run = ChatUser.load = Run(target, exchanges, duration_s, command["max_drain_s"])
+        run = self._run = ChatUser.load = Run(command["run"], target, exchanges, duration_s, command["max_drain_s"])
         if self._stop_grace_s is not None:
             run.stop(self._stop_grace_s)
         try:
@@ -364,7 +372,7 @@ class Process:
             if wait_s <= 0:
                 return
             gevent.sleep(wait_s) if run.over.is_set() else run.over.wait(wait_s)
-            self._say(event="progress", sent=run.num_sent, done=run.num_done, quiet_s=run.quiet_s)
+            self._say(event="progress", run=run.name, sent=run.num_sent, done=run.num_done, quiet_s=run.quiet_s)
 
     def _drain_stopped(self, run: Run) -> None:
         """Gives what is in flight the grace that the stop named."""
@@ -386,7 +394,7 @@ class Process:
     def _try(self, target: Target, command: Mapping[str, Any], counting: Counting) -> Answer:
         salt = command["cache_salt"] and f"{command['cache_salt']}-probe"
         exchange = Exchange([], 0.0, _request(target, {**command, "cache_salt": salt}, "a", 1, counting))
-        run = self._run = Run(target, [exchange], 0.0, 0.0)  # a stop ends this too
+        run = self._run = Run("probe", target, [exchange], 0.0, 0.0)  # a stop ends this too
         sender = gevent.spawn(run.exchange, exchange)
         run.over.wait(MAX_PROBE_S)
         sender.kill()

@@ -1,0 +1,520 @@
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from varcas.metrics import (
+    CHECKS,
+    MAX_EXCESS,
+    compare,
+    constraints_of,
+    in_window,
+    invalid_reasons,
+    is_good,
+    is_saturated,
+    latencies,
+    percentile,
+    reported,
+    summarise,
+    t_quantile,
+    token_rate,
+)
+from varcas.records import LATENCY_METRICS, LoadResult, RequestRecord, Sample, TrialRow
+
+INF = math.inf
+
+
+def record(
+    at_s: float,
+    tokens_at_s: Sequence[float] = (),
+    *,
+    counts: Sequence[int] | None = None,
+    sent_s: float | None = None,
+    end_s: float | None = None,
+    error: str | None = None,
+    owed: int | None = None,
+    index: int = 0,
+) -> RequestRecord:
+    """A request due at `at_s` whose token events came at these moments; sent on time unless told."""
+    sent = at_s if sent_s is None else sent_s
+    sizes = tuple(counts or (1,) * len(tokens_at_s))
+    return RequestRecord(
+        index=index,
+        scheduled_s=at_s,
+        sent_s=sent,
+        first_token_s=tokens_at_s[0] if tokens_at_s else None,
+        last_token_s=tokens_at_s[-1] if tokens_at_s else None,
+        end_s=end_s if end_s is not None else (tokens_at_s[-1] if tokens_at_s else None),
+        scheduled_prompt_tokens=10,
+        scheduled_output_tokens=sum(sizes) if owed is None else owed,
+        prompt_tokens=None if error else 10,
+        output_tokens=sum(sizes),
+        token_offsets_s=tuple(moment - sent for moment in tokens_at_s),
+        token_counts=sizes,
+        finish_reason=None if error else "length",
+        error=error,
+        http_status=None if error else 200,
+        conversation=index,
+        turn=0,
+    )
+
+
+def load_of(records: Sequence[RequestRecord], duration_s: float = 10.0, cpu_frac: float = 0.1) -> LoadResult:
+    return LoadResult(tuple(records), t0_monotonic_s=0.0, duration_s=duration_s, drain_s=0.0, client_cpu_frac=cpu_frac)
+
+
+# a table worked by hand: warm-up W, good A and B, C that ends in the drain, D that never ends, E that was refused
+
+W = record(-1.0, (-0.5, 0.5, 1.5))
+A = record(0.0, (0.11, 0.21, 0.41), sent_s=0.01)
+B = record(2.0, (2.2, 2.4), counts=(1, 2))
+C = record(9.0, (9.5, 10.5), sent_s=9.02)
+D = record(5.0, (5.1,), error="unfinished", owed=4, end_s=40.0)
+E = dataclasses.replace(record(6.0, error="connection refused", owed=3, end_s=6.0), sent_s=None)
+TABLE = load_of((W, A, B, D, E, C))
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    {
+        "num_requests": 5,
+        "num_completed": 3,
+        "num_failed": 1,
+        "num_unfinished": 1,
+        "output_tokens_per_s": (2 + 3 + 3 + 1 + 1) / 10,  # W, A, B, C, D: what arrived in [0, 10)
+        "prompt_tokens_per_s": (10 + 10 + 10 + 10) / 10,  # A, B, C, D: first token in [0, 10)
+        "request_rate_rps": 3 / 10,  # W, A, B ended in [0, 10)
+        "delivered_rate_rps": 4 / 10,  # E never left
+        "goodput_rps": 2 / 10,  # A and B
+        "send_lag_p99_ms": 20.0,
+        "client_cpu_frac": 0.1,
+        "ttft_mean_ms": (110 + 200 + 500) / 3,
+        "ttft_sent_mean_ms": (100 + 200 + 480) / 3,
+        "tpot_mean_ms": (300 / 2 + 200 / 2 + 1000 / 1) / 3,
+        "itl_mean_ms": (100 + 200 + 200 + 1000) / 4,
+        "e2e_mean_ms": (410 + 400 + 1500) / 3,
+        "ttft_p50_ms": None,
+        "duration_s": 10.0,
+        "valid": False,
+        "invalid_reasons": ["1 of 5 requests failed, bound 1%"],
+    }.items(),
+)
+def test_the_table_worked_by_hand(column: str, expected: Any) -> None:
+    found = summarise(TABLE, {"ttft_p95_ms": 250.0})[column]
+    assert found == (pytest.approx(expected) if isinstance(expected, float) else expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "limit", "expected"),
+    [
+        ("ttft_p50_ms", 250.0, 500 / 250 - 1),  # 110 200 500 inf inf
+        ("ttft_p90_ms", 250.0, MAX_EXCESS),
+        ("ttft_mean_ms", 250.0, MAX_EXCESS),
+        ("tpot_p50_ms", 2000.0, 1000 / 2000 - 1),  # 100 150 1000 inf inf
+        ("e2e_p50_ms", 1500.0, 0.0),
+        ("itl_p50_ms", 250.0, MAX_EXCESS),  # 100 200 200 1000, then 3 owed by D and 3 by E
+        ("ttft_p50_ms", 0.001, MAX_EXCESS),
+    ],
+)
+def test_the_tables_constraints(key: str, limit: float, expected: float) -> None:
+    columns = constraints_of(TABLE, {key: limit})
+    assert columns["constraints"] == {key: pytest.approx(expected)}
+    assert columns["slo_met"] is (expected <= 0)
+
+
+def test_every_column_fits_the_row() -> None:
+    columns = summarise(TABLE, {"ttft_p95_ms": 1.0}, [Sample(t_s=0.0, gpu_power_w=1.0)]) | constraints_of(TABLE, {})
+    assert set(columns) <= set(TrialRow.model_fields)
+    assert set(LATENCY_METRICS) <= set(columns)
+    fixed = {name: "x" for name, field in TrialRow.model_fields.items() if field.is_required()}
+    plain = fixed | {"number": 0, "purpose": "search", "state": "complete", "started_at": "2025-01-01T00:00:00Z"}
+    row = TrialRow.model_validate(plain, strict=False)
+    TrialRow(**(dict(row) | columns))  # strict: numpy's own types would be refused
+
+
+def test_without_an_slo_nothing_is_constrained_and_every_whole_answer_is_good() -> None:
+    assert constraints_of(TABLE, {}) == {"constraints": {}, "slo_met": None}
+    assert summarise(TABLE, {})["goodput_rps"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("records", [[], [W], [E]])
+def test_every_slo_key_is_there_when_nothing_came(records: list[RequestRecord]) -> None:
+    slo = dict.fromkeys(LATENCY_METRICS, 100.0)
+    columns = constraints_of(load_of(records), slo)
+    assert columns == {"constraints": dict.fromkeys(slo, MAX_EXCESS), "slo_met": False}
+    summarise(load_of(records), slo)
+
+
+def test_answers_of_one_token_wait_for_no_second() -> None:
+    load = load_of([record(float(i), (i + 0.1,)) for i in range(5)])
+    assert constraints_of(load, {"tpot_p95_ms": 10.0, "itl_p95_ms": 10.0})["slo_met"] is True
+    assert summarise(load, {"tpot_p95_ms": 10.0})["goodput_rps"] == 0.5
+    assert summarise(load, {})["tpot_mean_ms"] is None
+
+
+def test_an_itl_limit_asks_the_requests_own_gaps() -> None:
+    gaps_ms = (10, 10, 10, 90)
+    answer = record(0.0, list(itertools.accumulate((g / 1e3 for g in gaps_ms), initial=0.1)))
+    assert is_good(answer, {"itl_p50_ms": 11.0})
+    assert is_good(answer, {"itl_mean_ms": 31.0})
+    assert not is_good(answer, {"itl_mean_ms": 29.0})
+    assert not is_good(answer, {"itl_p95_ms": 80.0})
+
+
+# percentiles
+
+
+@pytest.mark.parametrize(("name", "least"), [("p50", 20), ("p90", 100), ("p95", 200), ("p99", 1000), ("p99_9", 10000)])
+def test_a_percentile_needs_ten_beyond(name: str, least: int) -> None:
+    assert reported(np.arange(least - 1.0), name) is None
+    found = reported(np.arange(float(least)), name)
+    assert found is not None
+    assert np.sum(np.arange(least) > found) == 10
+
+
+def test_a_percentile_among_those_that_never_came_is_null() -> None:
+    values = np.concatenate([np.arange(100.0), np.full(100, INF)])
+    assert reported(values, "p50") == 99.0
+    assert reported(values, "p90") is None
+    assert reported(values, "mean") == pytest.approx(49.5)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.integers(1, 999))
+def test_a_percentile_is_an_observation_of_its_rank(values: list[float], permille: int) -> None:
+    found = percentile(np.array(values), permille)
+    assert found == sorted(values)[math.ceil(len(values) * permille / 1000 - 1e-9) - 1]
+
+
+# laws
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> LoadResult:
+    """Loads of any sort: late sends, merged tokens, failures, requests without an end."""
+    rng = random.Random(draw(st.integers(0, 2**32)))
+    count, failing = draw(st.integers(1, 40)), draw(st.sampled_from([0.0, 0.2, 1.0]))
+    records = []
+    for index in range(count):
+        at_s = rng.uniform(-1, 11)
+        sent_s = at_s + rng.choice([0.0, rng.uniform(0, 0.1)])
+        gaps = [rng.choice([0.0, rng.uniform(0.001, 0.5)]) for _ in range(rng.randrange(1, 8))]
+        moments = list(itertools.accumulate(gaps[1:], initial=sent_s + rng.uniform(0.01, 1)))
+        counts = [rng.choice([1, 1, 3]) for _ in moments]
+        if rng.random() < failing:
+            kept = rng.randrange(len(moments) + 1)
+            error = rng.choice(["unfinished", "HTTP 500"])
+            owed = sum(counts) + 1
+            records.append(record(at_s, moments[:kept], counts=counts[:kept], sent_s=sent_s, error=error, owed=owed))
+        else:
+            records.append(record(at_s, moments, counts=counts, sent_s=sent_s, index=index))
+    return load_of(records)
+
+
+slos = st.dictionaries(st.sampled_from(LATENCY_METRICS), st.floats(1, 2000), max_size=3)
+
+
+@given(loads(), slos, st.floats(1, 10))
+def test_a_looser_slo_never_lowers_goodput_nor_raises_a_constraint(
+    load: LoadResult, slo: dict[str, float], looser: float
+) -> None:
+    wide = {key: limit * looser for key, limit in slo.items()}
+    assert summarise(load, wide)["goodput_rps"] >= summarise(load, slo)["goodput_rps"]
+    tight, loose = constraints_of(load, slo)["constraints"], constraints_of(load, wide)["constraints"]
+    assert all(loose[key] <= tight[key] for key in slo)
+
+
+@given(loads(), slos, st.randoms(use_true_random=False))
+def test_the_order_of_requests_changes_nothing(load: LoadResult, slo: dict[str, float], rng: random.Random) -> None:
+    mixed = dataclasses.replace(load, records=tuple(rng.sample(load.records, len(load.records))))
+    assert close(summarise(mixed, slo), summarise(load, slo))
+    assert close(constraints_of(mixed, slo)["constraints"], constraints_of(load, slo)["constraints"])
+
+
+@given(loads(), slos, st.sampled_from([0.25, 2.0, 8.0]))  # powers of two: no rounding moves a token over an edge
+def test_times_c_times_longer_make_latencies_c_times_longer(load: LoadResult, slo: dict[str, float], c: float) -> None:
+    slow = stretched(load, c)
+    before, after = summarise(load, slo), summarise(slow, {key: limit * c for key, limit in slo.items()})
+    for name in LATENCY_METRICS:
+        assert after[name] == (None if before[name] is None else pytest.approx(c * before[name]))
+    for name in ("output_tokens_per_s", "output_tokens_per_s_hi", "goodput_rps", "request_rate_rps"):
+        assert after[name] == pytest.approx(before[name] / c)
+    assert after["saturated"] == before["saturated"]
+
+
+def stretched(load: LoadResult, c: float) -> LoadResult:
+    def times_c(value: Any) -> Any:
+        return None if value is None else c * value
+
+    records = [
+        dataclasses.replace(
+            found,
+            token_offsets_s=tuple(c * offset for offset in found.token_offsets_s),
+            **{name: times_c(getattr(found, name)) for name in (
+                "scheduled_s", "sent_s", "first_token_s", "last_token_s", "end_s",
+            )},
+        )
+        for found in load.records
+    ]  # fmt: skip
+    return dataclasses.replace(load, records=tuple(records), duration_s=c * load.duration_s)
+
+
+def close(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name] == (pytest.approx(b[name]) if isinstance(b[name], float) else b[name]) for name in a
+    )
+
+
+@given(loads())
+def test_dropping_an_answer_never_makes_a_server_look_faster(load: LoadResult) -> None:
+    """The request with the longest wait fails instead: no percentile falls."""
+    good = [found for found in in_window(load) if found.ok]
+    if not good:
+        return
+    worst = max(good, key=lambda found: found.last_token_s or 0.0)
+    failed = dataclasses.replace(worst, error="HTTP 500")
+    worse = dataclasses.replace(load, records=tuple(failed if r is worst else r for r in load.records))
+    slo = {key: 100.0 for key in LATENCY_METRICS if key.startswith(("ttft", "e2e"))}
+    before, after = constraints_of(load, slo)["constraints"], constraints_of(worse, slo)["constraints"]
+    assert all(after[key] >= before[key] for key in slo)
+
+
+@given(loads())
+def test_counts_add_up(load: LoadResult) -> None:
+    found = summarise(load, {})
+    parts = found["num_completed"] + found["num_failed"] + found["num_unfinished"]
+    assert parts == found["num_requests"] == len(in_window(load))
+    waits = latencies(in_window(load))
+    assert np.isfinite(waits.ttft).sum() == found["num_completed"]
+
+
+# throughput's interval
+
+
+def test_the_throughput_interval_holds_the_truth() -> None:
+    """A stable server under Poisson arrivals: answers of random length, whose tokens cluster."""
+    rng, rate_rps, duration_s, mean_tokens = np.random.default_rng(1), 4.0, 60.0, 20
+    held = 0
+    for _ in range(200):
+        records = []
+        for at_s in np.cumsum(rng.exponential(1 / rate_rps, size=360)) - 20.0:
+            tokens = rng.geometric(1 / mean_tokens)
+            records.append(record(float(at_s), (at_s + 0.1 + 0.05 * np.arange(tokens)).tolist()))
+        rate, lo, hi = token_rate(load_of(records, duration_s))
+        assert lo <= rate <= hi
+        held += lo <= rate_rps * mean_tokens <= hi
+    assert held / 200 > 0.89
+
+
+# saturation
+
+
+def served(rate_rps: float, slots: int, service_s: float, duration_s: float, seed: int) -> LoadResult:
+    """Poisson arrivals at a server with so many slots, empty at first, first come first served; drained to the end."""
+    rng = random.Random(seed)
+    free, records, at_s = [0.0] * slots, [], 0.0
+    while (at_s := at_s + rng.expovariate(rate_rps)) < duration_s:
+        begin_s = max(at_s, heapq.heappop(free))
+        took_s = service_s * rng.uniform(0.5, 1.5)
+        heapq.heappush(free, begin_s + took_s)
+        records.append(record(at_s, (begin_s + 0.1 * took_s, begin_s + took_s), owed=100))
+    return load_of(records, duration_s)
+
+
+@pytest.mark.parametrize(
+    ("use", "slots", "service_s", "duration_s", "least", "most"),
+    [
+        (0.5, 8, 1.0, 60.0, 0.0, 0.0),
+        (0.8, 8, 1.0, 60.0, 0.0, 0.03),
+        (1.3, 8, 1.0, 60.0, 0.95, 1.0),
+        (2.0, 8, 4.0, 60.0, 0.95, 1.0),
+        (2.0, 1, 0.5, 60.0, 0.95, 1.0),
+        (0.1, 2000, 40.0, 60.0, 0.0, 0.02),  # nothing waits; answers are as long as the window
+    ],
+)
+def test_saturation_is_seen_and_not_imagined(
+    use: float, slots: int, service_s: float, duration_s: float, least: float, most: float
+) -> None:
+    rate_rps = min(use * slots / service_s, 20.0)
+    runs = [is_saturated(served(rate_rps, slots, service_s, duration_s, seed)) for seed in range(60)]
+    assert least <= sum(runs) / len(runs) <= most
+
+
+def test_a_server_that_stops_answering_is_saturated() -> None:
+    records = [record(i / 10, (i / 10 + 0.2,)) for i in range(300)]
+    records += [record(30 + i / 10, error="unfinished", end_s=90.0, owed=1) for i in range(300)]
+    assert is_saturated(load_of(records, 60.0))
+
+
+def test_being_saturated_is_no_reason_to_disbelieve() -> None:
+    found = summarise(served(20.0, 4, 1.0, 60.0, 0), {})
+    assert (found["saturated"], found["valid"], found["invalid_reasons"]) == (True, True, [])
+
+
+# trust
+
+GOOD: dict[str, Any] = {
+    "send_lag_p99_ms": 1.0,
+    "num_requests": 1000,
+    "num_completed": 1000,
+    "num_failed": 0,
+    "delivered_rate_rps": 10.0,
+    "duration_s": 100.0,
+    "client_cpu_frac": 0.2,
+    "throttle_frac": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("check", "within", "beyond", "word"),
+    [
+        ("_sent_late", {"send_lag_p99_ms": 50.0}, {"send_lag_p99_ms": 51.0}, "sent late"),
+        ("_rate_off", {"delivered_rate_rps": 9.8}, {"delivered_rate_rps": 9.7}, "the schedule has 1000"),
+        ("_client_busy", {"client_cpu_frac": 0.9}, {"client_cpu_frac": 0.95}, "load generator"),
+        ("_nothing_completed", {"num_completed": 1}, {"num_completed": 0}, "no request completed"),
+        ("_errors", {"num_failed": 10}, {"num_failed": 11}, "11 of 1000"),
+        ("_throttled", {"throttle_frac": 0.2}, {"throttle_frac": 0.25}, "throttled"),
+    ],
+)
+def test_each_check_has_a_bound(check: str, within: dict[str, Any], beyond: dict[str, Any], word: str) -> None:
+    assert check in {found.__name__ for found in CHECKS}
+    assert invalid_reasons(GOOD | within) == []
+    (reason,) = invalid_reasons(GOOD | beyond)
+    assert word in reason
+
+
+def test_every_check_has_a_case() -> None:
+    (mark,) = test_each_check_has_a_bound.pytestmark  # type: ignore[attr-defined]
+    assert {case[0] for case in mark.args[1]} == {check.__name__ for check in CHECKS}
+
+
+def test_late_sends_make_a_measurement_invalid() -> None:
+    records = [record(i / 10, (i / 10 + 0.3,), sent_s=i / 10 + 0.06) for i in range(100)]
+    found = summarise(load_of(records), {})
+    assert found["valid"] is False
+    assert "sent late: p99 60 ms" in found["invalid_reasons"][0]
+
+
+# samples
+
+
+def test_samples_worked_by_hand() -> None:
+    samples = [
+        Sample(t_s=-2.0, preemptions=0.0, prefix_cache_queries=0.0, prefix_cache_hits=0.0, gpu_power_w=50.0),
+        Sample(t_s=-1.0, preemptions=3.0, prefix_cache_queries=100.0, prefix_cache_hits=90.0, gpu_power_w=50.0),
+        Sample(t_s=1.0, gpu_power_w=150.0, gpu_sm_clock_mhz=1500.0, gpu_temperature_c=60.0, gpu_throttled=False),
+        Sample(t_s=9.0, gpu_power_w=150.0, gpu_sm_clock_mhz=1300.0, gpu_temperature_c=66.0, gpu_throttled=True),
+        Sample(t_s=12.0, preemptions=8.0, prefix_cache_queries=300.0, prefix_cache_hits=140.0, gpu_temperature_c=99.0),
+    ]
+    found = summarise(TABLE, {}, random.Random(0).sample(samples, 5))
+    assert found["preemptions"] == 5
+    assert found["prefix_cache_hit_frac"] == pytest.approx(50 / 200)
+    assert found["energy_j"] == pytest.approx((100 + 150) / 2 * 1 + 150 * 9)  # 100 W at 0 s, between -1 s and 1 s
+    assert found["power_w"] == pytest.approx(found["energy_j"] / 10)
+    assert (found["sm_clock_mhz"], found["temperature_c"], found["throttle_frac"]) == (1400.0, 66.0, 0.5)
+
+
+def test_what_was_never_seen_is_null() -> None:
+    found = summarise(TABLE, {}, [Sample(t_s=1.0, prefix_cache_queries=5.0, prefix_cache_hits=5.0)])
+    names = ("preemptions", "prefix_cache_hit_frac", "energy_j", "power_w", "gpu_memory_used_bytes", "throttle_frac")
+    assert [found[name] for name in names] == [None] * 6
+    flat = [Sample(t_s=t, prefix_cache_queries=5.0, prefix_cache_hits=5.0, preemptions=2.0) for t in (0.0, 5.0)]
+    assert summarise(TABLE, {}, flat)["prefix_cache_hit_frac"] is None
+    assert summarise(TABLE, {}, flat)["preemptions"] == 0
+
+
+# gain
+
+
+@pytest.mark.parametrize(
+    ("freedom", "expected"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (30, 2.042272)]
+)
+def test_t_quantiles_are_the_tables(freedom: int, expected: float) -> None:
+    assert t_quantile(0.975, freedom) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_gain_worked_by_hand() -> None:
+    """Logs of the ratio's arms: means 0 and ln 1.2, standard deviation 0.02 each, so half = t(4) 0.02 sqrt(2/3)."""
+    baseline = [100 * math.exp(x) for x in (-0.02, 0.0, 0.02)]
+    gain = compare(baseline, [1.2 * value for value in baseline], direction="maximize")
+    half = 2.776445 * 0.02 * math.sqrt(2 / 3)
+    assert gain.ratio == pytest.approx(1.2)
+    assert (gain.lo, gain.hi) == (pytest.approx(1.2 * math.exp(-half)), pytest.approx(1.2 * math.exp(half)))
+    assert (gain.verdict, gain.reason, gain.n) == ("better", None, (3, 3))
+    assert gain.candidate_mean == pytest.approx(1.2 * gain.baseline_mean)
+    assert compare(baseline, [1.2 * v for v in baseline], direction="minimize").verdict == "worse"
+    assert compare(baseline, [0.8 * v for v in baseline], direction="minimize").verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("baseline", "candidate", "why"),
+    [
+        ([1.0, 1.0], [2.0, 2.0, 2.0], "2 and 3 starts"),
+        ([1.0, 1.1, 0.9], [2.0], "3 and 1 starts"),
+        ([0.0, 1.0, 1.0], [2.0, 2.0, 2.0], "zero or less"),
+        ([1.0, 1.1, 0.9], [1.01, 1.1, 0.95], "holds 1"),
+        ([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], "holds 1"),
+    ],
+)
+def test_inconclusive_says_why(baseline: list[float], candidate: list[float], why: str) -> None:
+    gain = compare(baseline, candidate, direction="maximize")
+    assert gain.verdict == "inconclusive"
+    assert gain.reason is not None
+    assert why in gain.reason
+    if len(candidate) < 3 or len(baseline) < 3:
+        assert (gain.lo, gain.hi) == (None, None)
+
+
+def test_an_empty_arm_is_refused() -> None:
+    with pytest.raises(ValueError, match="without a start"):
+        compare([], [1.0], direction="maximize")
+
+
+def share(verdict: str, draw: Callable[[np.random.Generator], tuple[Any, Any]], runs: int) -> float:
+    rng = np.random.default_rng(0)
+    found = [compare(*draw(rng), direction="maximize").verdict for _ in range(runs)]
+    return sum(v == verdict for v in found) / runs
+
+
+@pytest.mark.parametrize("starts", [3, 5])
+@pytest.mark.parametrize(("spread", "other"), [(0.01, 0.01), (0.04, 0.04), (0.01, 0.04)])
+def test_equal_configurations_are_seldom_called_different(spread: float, other: float, starts: int) -> None:
+    def equal(rng: np.random.Generator) -> tuple[list[float], list[float]]:
+        return (100 * (1 + spread * rng.normal(size=starts))).tolist(), (
+            100 * (1 + other * rng.normal(size=starts))
+        ).tolist()
+
+    assert 1 - share("inconclusive", equal, 1500) <= 0.06
+
+
+def test_a_gain_of_20_percent_is_found() -> None:
+    def better(rng: np.random.Generator) -> tuple[list[float], list[float]]:
+        return (100 * (1 + 0.02 * rng.normal(size=3))).tolist(), (120 * (1 + 0.02 * rng.normal(size=3))).tolist()
+
+    assert share("better", better, 500) > 0.95
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0.1, 1e4), min_size=3, max_size=6),
+    st.lists(st.floats(0.1, 1e4), min_size=3, max_size=6),
+    st.floats(0.01, 100),
+)
+def test_a_gain_has_no_unit_and_a_mirror(baseline: list[float], candidate: list[float], unit: float) -> None:
+    gain = compare(baseline, candidate, direction="maximize")
+    scaled = compare([unit * v for v in baseline], [unit * v for v in candidate], direction="maximize")
+    mirror = compare(candidate, baseline, direction="maximize")
+    assert gain.lo is not None
+    assert gain.hi is not None
+    assert scaled.ratio == pytest.approx(gain.ratio)
+    assert mirror.ratio == pytest.approx(1 / gain.ratio)
+    assert mirror.lo == pytest.approx(1 / gain.hi)
