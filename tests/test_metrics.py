@@ -189,6 +189,7 @@ def test_a_percentile_among_those_that_never_came_is_null() -> None:
     assert reported(values, "mean") == pytest.approx(49.5)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.integers(1, 999))
 def test_a_percentile_is_an_observation_of_its_rank(values: list[float], permille: int) -> None:
     found = percentile(np.array(values), permille)
@@ -223,6 +224,7 @@ def loads(draw: st.DrawFn) -> LoadResult:
 slos = st.dictionaries(st.sampled_from(LATENCY_METRICS), st.floats(1, 2000), max_size=3)
 
 
+@settings(deadline=None)
 @given(loads(), slos, st.floats(1, 10))
 def test_a_looser_slo_never_lowers_goodput_nor_raises_a_constraint(
     load: LoadResult, slo: dict[str, float], looser: float
@@ -233,6 +235,7 @@ def test_a_looser_slo_never_lowers_goodput_nor_raises_a_constraint(
     assert all(loose[key] <= tight[key] for key in slo)
 
 
+@settings(deadline=None)
 @given(loads(), slos, st.randoms(use_true_random=False))
 def test_the_order_of_requests_changes_nothing(load: LoadResult, slo: dict[str, float], rng: random.Random) -> None:
     mixed = dataclasses.replace(load, records=tuple(rng.sample(load.records, len(load.records))))
@@ -240,6 +243,7 @@ def test_the_order_of_requests_changes_nothing(load: LoadResult, slo: dict[str, 
     assert close(constraints_of(mixed, slo)["constraints"], constraints_of(load, slo)["constraints"])
 
 
+@settings(deadline=None)
 @given(loads(), slos, st.sampled_from([0.25, 2.0, 8.0]))  # powers of two: no rounding moves a token over an edge
 def test_times_c_times_longer_make_latencies_c_times_longer(load: LoadResult, slo: dict[str, float], c: float) -> None:
     slow = stretched(load, c)
@@ -274,6 +278,7 @@ def close(a: dict[str, Any], b: dict[str, Any]) -> bool:
     )
 
 
+@settings(deadline=None)
 @given(loads())
 def test_dropping_an_answer_never_makes_a_server_look_faster(load: LoadResult) -> None:
     """The request with the longest wait fails instead: no percentile falls."""
@@ -288,6 +293,7 @@ def test_dropping_an_answer_never_makes_a_server_look_faster(load: LoadResult) -
     assert all(after[key] >= before[key] for key in slo)
 
 
+@settings(deadline=None)
 @given(loads())
 def test_counts_add_up(load: LoadResult) -> None:
     found = summarise(load, {})

@@ -88,6 +88,10 @@ def test_argv_says_each_kind_of_value_as_vllm_reads_it() -> None:
     ]
 
 
+def test_a_model_without_revision_and_flags_is_all_there_is() -> None:
+    assert ServingConfig("m", None, {}).argv() == ["--model", "m"]
+
+
 def test_a_flag_that_is_null_is_as_if_it_had_not_been_named() -> None:
     assert config(a=1, b=None) == config(a=1)
     assert config(a=1, b=None).hash == config(a=1).hash

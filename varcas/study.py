@@ -48,6 +48,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import JsonValue
 
+from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.records import LATENCY_METRICS, Purpose, TrialRow
@@ -67,8 +68,6 @@ NUM_STARTUP = 5
 """Random proposals before TPE takes over; the baseline and enqueued ones count."""
 NUM_BEST, NUM_LATEST = 50, 100
 """Finished trials that a sampler looks at: TPE's time a proposal grows with each (55 ms at 1,000 trials)."""
-NOT_ITS_FAULT = frozenset({"worker_lost", "port_in_use", "gpu_busy", "interrupted"})
-"""Failure kinds that say nothing about the configuration."""
 TOLD_VERSION = 1
 """Raised when rows are told to Optuna in another way: an older Optuna study is then rebuilt from the store."""
 STALE_LOCK_S = 5.0
@@ -586,7 +585,7 @@ class Study:
         unfinished = self._unfinished()
         lost: list[_Queued] = []
         for row in sorted((row for row in past if row.purpose != "confirm"), key=lambda row: row.number):
-            verdict = self._ledger.add(row, row.failure_kind in NOT_ITS_FAULT and row.state != "infeasible")
+            verdict = self._ledger.add(row, row.failure_kind in RETRIED and row.state != "infeasible")
             config = self._config(json.loads(row.config_json))
             params = self.space.params_of(config.flags)
             if params is not None:

@@ -111,7 +111,7 @@ def test_a_request_that_the_server_cannot_hold_is_refused_with_the_fix(awkward: 
 
 def test_a_server_that_does_not_count_is_quoted(awkward: Awkward) -> None:
     awkward.status = 404
-    with pytest.raises(VarcasError, match="/tokenize answered 404: .*no such thing"):
+    with pytest.raises(VarcasError, match=r"/tokenize answered 404: .*no such thing"):
         fit_prompts(target_of(awkward), asked(20), endpoint="chat", cache_dir=None)
 
 

@@ -35,7 +35,7 @@ def vllm(model: Path, log: Path) -> Iterator[Target]:
     port = free_port()
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     argv += ["--load-format", "dummy", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
-    argv += ["--max-num-seqs", "8", "--enforce-eager"]
+    argv += ["--max-num-seqs", "8", "--enforce-eager", "--block-size", "32"]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = os.environ | {name: value for name, value in ENV.items() if value} | {"PATH": path}
     with Child.start(argv, env=env, log=log) as child:
@@ -75,7 +75,7 @@ def test_lengths_are_exact_and_no_cache_carries_over(tmp_path: Path, endpoint: E
         again = fit_prompts(target, requests, endpoint=endpoint, cache_dir=tmp_path / "cache")
     assert again == fitted
     assert hit_frac["same seed, fresh salt"] == pytest.approx(hit_frac["fresh server"], abs=0.01)
-    assert hit_frac["same seed, same salt"] > hit_frac["fresh server"] + 0.5  # the salt is what keeps them apart
+    assert hit_frac["same seed, same salt"] > hit_frac["fresh server"] + 0.3  # the salt is what keeps them apart
     assert API_KEY not in (tmp_path / "vllm.log").read_text() + (tmp_path / "load.log").read_text()
 
 

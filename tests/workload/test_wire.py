@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,7 @@ def response(events: list[bytes], framing: str = "chunked", merge: int = 1) -> t
 
 def cut(raw: bytes, cuts: list[int]) -> list[bytes]:
     bounds = [0, *sorted({at for at in cuts if 0 < at < len(raw)}), len(raw)]
-    return [raw[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [raw[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 EVENTS = [
