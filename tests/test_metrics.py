@@ -341,6 +341,7 @@ def served(rate_rps: float, slots: int, service_s: float, duration_s: float, see
     [
         (0.5, 8, 1.0, 60.0, 0.0, 0.0),
         (0.8, 8, 1.0, 60.0, 0.0, 0.03),
+        (0.85, 1, 0.5, 60.0, 0.0, 0.1),  # one slot, nearly full: queues come and go
         (1.3, 8, 1.0, 60.0, 0.95, 1.0),
         (2.0, 8, 4.0, 60.0, 0.95, 1.0),
         (2.0, 1, 0.5, 60.0, 0.95, 1.0),

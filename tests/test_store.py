@@ -115,7 +115,7 @@ ROWS = st.fixed_dictionaries(
         "constraints": st.dictionaries(texts, floats, max_size=3),
         "invalid_reasons": st.lists(texts, max_size=3),
         "started_at": st.datetimes(
-            min_value=datetime.datetime(1970, 1, 2),  # noqa: DTZ001
+            min_value=datetime.datetime.fromisoformat("1970-01-02"),
             timezones=st.sampled_from([datetime.UTC, datetime.timezone(datetime.timedelta(hours=-7))]),
         ),
     }
@@ -189,6 +189,9 @@ def test_a_reader_sees_what_a_writer_adds_and_reads_no_file_twice(tmp_path: Path
 def test_a_trial_is_recorded_once(tmp_path: Path) -> None:
     with Store(tmp_path) as store:
         store.append(row(0, {}))
+        with pytest.raises(VarcasError, match="there already"):
+            store.append(row(0, {}))
+        store.append(row(1, {}))
         store.compact()
     with Store(tmp_path) as store, pytest.raises(VarcasError, match="there already"):
         store.append(row(0, {}))
@@ -502,16 +505,16 @@ def test_sql_joins_the_views(golden_store: Store) -> None:
     [
         ("select nope from trials", 'Referenced column "nope" not found'),
         ("selct 1", "syntax error"),
-        ("copy trials to '/tmp/varcas-must-not-be.csv'", "disabled by configuration"),
+        ("copy trials to 'HERE/out.csv'", "disabled by configuration"),
         ("select * from read_text('/etc/hostname')", "disabled by configuration"),
         ("set enable_external_access = true", "configuration"),
         ("select * from query", "does not exist"),
     ],
 )
-def test_sql_errors_are_bad_input_in_duckdbs_words(golden_store: Store, query: str, words: str) -> None:
+def test_sql_errors_are_bad_input_in_duckdbs_words(golden_store: Store, tmp_path: Path, query: str, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        golden_store.sql(query)
-    assert not Path("/tmp/varcas-must-not-be.csv").exists()
+        golden_store.sql(query.replace("HERE", str(tmp_path)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_sql_without_an_answer_is_an_empty_table(golden_store: Store) -> None:

@@ -247,6 +247,12 @@ def test_baseline_comes_first_then_what_was_enqueued_then_the_sampler(journal: s
     assert desk.study.ended == "budget spent"
 
 
+def test_a_list_of_configurations_is_run_and_nothing_else(journal: str) -> None:
+    desk = Desk(experiment("{}", study="{enqueue: [{x: 2}, {x: 3}]}", baseline="{x: 1}"), journal)
+    assert [proposal.flags for proposal in desk.run(throughput)] == [{"x": 1}, {"x": 2}, {"x": 3}]
+    assert desk.study.ended == "space exhausted"
+
+
 def test_a_baseline_in_the_space_is_told_to_optuna(journal: str) -> None:
     desk = Desk(experiment(baseline="{max_num_seqs: 8, kv_cache_dtype: auto}"), journal)
     proposal = desk.propose()

@@ -370,7 +370,7 @@ class Space:
         return params if self.config(found).hash == whole.hash else None
 
     def size(self) -> int | None:
-        """Configurations in the space; None when it is continuous."""
+        """Configurations in the space; None when it is continuous, 0 when only enqueued ones are to be tried."""
         return self._size
 
     def points(self) -> Iterator[tuple[Params, Flags]]:
@@ -381,7 +381,8 @@ class Space:
         """
         if self._size is None:
             raise ValueError("a continuous space cannot be listed")
-        yield from self._points(self._dimensions)
+        if self._dimensions:
+            yield from self._points(self._dimensions)
 
     def configs(self) -> Iterator[ServingConfig]:
         """As `points`, as configurations."""
@@ -467,6 +468,8 @@ class Space:
                     )
 
     def _count(self) -> int | None:
+        if not self._dimensions:
+            return 0
         if any(dimension.node.size() is None for dimension in self._dimensions):
             return None
         controllers = self._controllers(self._dimensions)

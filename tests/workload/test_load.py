@@ -53,10 +53,10 @@ def errors(result: LoadResult) -> set[str | None]:
 
 def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: StartServer, tmp_path: Path) -> None:
     server = start_server("--max-num-seqs", "512", "--ttft-ms", "30", "--itl-ms", "10")
-    workload = Workload(profile="chat-short", rate_rps=50, duration_s=4, max_tokens=160)
-    requests = schedule(workload, start_s=0, duration_s=4, max_len=2048, stream="measure")
+    workload = Workload(profile="chat-short", rate_rps=50, duration_s=2.5, max_tokens=160)
+    requests = schedule(workload, start_s=0, duration_s=2.5, max_len=2048, stream="measure")
     fitted = fit_prompts(server.target, requests, endpoint="chat", cache_dir=tmp_path / "cache")
-    result = run(load, server.target, fitted, duration_s=4.0)
+    result = run(load, server.target, fitted, duration_s=2.5)
 
     assert [record.index for record in result.records] == list(range(len(requests)))
     assert errors(result) == {None}
@@ -73,7 +73,7 @@ def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: Start
         assert record.last_token_s is not None
         assert record.end_s >= record.last_token_s
         assert (record.finish_reason, record.http_status, record.ok) == ("length", 200, True)
-    assert result.duration_s == 4.0
+    assert result.duration_s == 2.5
     assert 0 < result.client_cpu_frac < 1
     assert 0 <= result.drain_s < 5
 
@@ -179,16 +179,25 @@ def test_a_server_that_falls_silent_hangs_and_the_child_goes_on(load: Load, star
     assert errors(run(load, other.target, every(0.1, 3))) == {None}
 
 
+def test_heads_without_tokens_are_no_sign_of_life(load: Load, raw: Raw) -> None:
+    """A hung engine behind a living HTTP server: each new request still gets its head at once."""
+    raw.scripts = [PROBED, [HEAD + b"transfer-encoding: chunked\r\n\r\n"]]
+    begun_s = time.monotonic()
+    with pytest.raises(TrialError, match="hung"):
+        run(load, raw.target, every(0.1, 100), duration_s=10.0, stall_timeout_s=0.5)
+    assert time.monotonic() - begun_s < 5
+
+
 def test_silence_without_a_request_in_flight_is_no_hang(load: Load, start_server: StartServer) -> None:
     server = start_server()
-    result = run(load, server.target, every(2.0, 2), duration_s=3.0, stall_timeout_s=1.0)
+    result = run(load, server.target, every(1.2, 2), duration_s=1.5, stall_timeout_s=0.6)
     assert errors(result) == {None}
 
 
 def test_cancelling_returns_at_once_with_what_is_there(load: Load, start_server: StartServer) -> None:
     server = start_server("--itl-ms", "20")
     cancelled = threading.Event()
-    threading.Timer(2.0, cancelled.set).start()
+    threading.Timer(1.2, cancelled.set).start()
     begun_s = time.monotonic()
     result = run(load, server.target, every(0.1, 300, output_tokens=20), duration_s=30.0, cancelled=cancelled)
     assert time.monotonic() - begun_s < 4
@@ -209,7 +218,7 @@ def test_times_before_the_window_are_negative(load: Load, start_server: StartSer
     requests = [(ScheduledRequest(i, at_s, 8, 4, i, i), "one two three") for i, at_s in enumerate((-1.0, -0.5, 0.5))]
     result = run(load, server.target, requests)
     assert errors(result) == {None}
-    assert [record.sent_s for record in result.records] == pytest.approx([-1.0, -0.5, 0.5], abs=0.05)
+    assert [record.sent_s for record in result.records] == pytest.approx([-1.0, -0.5, 0.5], abs=0.2)
 
 
 def test_the_key_is_in_no_argument_log_or_file(own_load: Load, start_server: StartServer, tmp_path: Path) -> None:

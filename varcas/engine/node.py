@@ -74,7 +74,7 @@ class Node:
         """Fetches the model, if need be, and says what is here.
 
         Raises:
-            MissingVllm: the server's Python has no vLLM.
+            MissingVllmError: the server's Python has no vLLM.
             TrialError: `model_download`, `bad_model_files`, `missing_dependency`.
         """
         version = self._python.require().vllm_version

@@ -45,7 +45,7 @@ MIN_ATOMS = 8
 ENOUGH_ATOMS = 256
 WAVE = 128
 MAX_MENDS = 16
-PROBE = "The quick brown fox, 1234567890 times; jumps\nüber den Zaun – 你好 🙂 {}[]<|>"
+PROBE = "The quick brown fox, 1234567890 times; jumps\nüber den Zaun: 你好 🙂 {}[]<|>"
 COMMON_WORDS = (
     "the of and to in is you that it he was for on are with as his they at be this have from or one had by word but "
     "not what all were we when your can said there use an each which she do how their if will up other about out many "
