@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 
 import varcas.sweeper as sweeper
-from varcas.engine.node import NodeFacts
-from varcas.engine.node import Checked
+from varcas.engine.node import Checked, NodeFacts
 from varcas.experiment import Server, parse_experiment
 from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
 from varcas.trial import TrialTask
@@ -65,11 +64,11 @@ class TrivialNode:
 def trivial_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
     """A measurement of ten requests that takes no time."""
     rate = float(str(task.config.flags.get("max_num_seqs") or 1)) % 97
+    offsets = (0.1, 0.2, 0.3, 0.4, 0.5 + rate / 1e4)
     records = tuple(
-        RequestRecord(i, float(i), float(i), i + 0.1, i + 0.5, i + 0.5, 10, 5, 10, 5, (0.1, 0.2, 0.3, 0.4, 0.5 + rate / 1e4),
-                      (1,) * 5, "length", None, 200, i, 0)
+        RequestRecord(i, i, i, i + 0.1, i + 0.5, i + 0.5, 10, 5, 10, 5, offsets, (1,) * 5, "length", None, 200, i, 0)
         for i in range(10)
-    )  # fmt: skip
+    )
     load = LoadResult(records, t0_monotonic_s=0.0, duration_s=10.0, drain_s=0.0, client_cpu_frac=0.1)
     return Outcome(
         "complete", datetime.datetime.now(datetime.UTC), HostFacts(socket.gethostname()), StageTimes(), load=load

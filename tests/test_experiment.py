@@ -103,5 +103,7 @@ def test_space_entries_are_told_apart() -> None:
 def test_any_mapping_is_accepted_or_refused_in_words(data: dict[str, object]) -> None:
     try:
         parse_experiment(json.dumps(data), "x.yaml")
+        message = "x.yaml:"
     except InputError as caught:
-        assert str(caught).startswith("x.yaml:")
+        message = str(caught)
+    assert message.startswith("x.yaml:")

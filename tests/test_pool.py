@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,24 @@ def test_every_start_has_a_fresh_process(pool: Pool) -> None:
         pool.submit(str(i), pool_work.where, i)
         pids.add(collect(pool, 1)[str(i)].result[2])
     assert len(pids) == 3
+
+
+def test_a_prepared_worker_is_the_one_that_is_used(pool: Pool) -> None:
+    def standing_by() -> set[int]:
+        lines = (p for p in Path("/proc").iterdir() if p.name.isdigit())
+        return {int(p.name) for p in lines if b"ray::IDLE" in _command(p)}
+
+    while pool.prepare() or not (ready := standing_by()):
+        time.sleep(0.5)
+    pool.submit("x", pool_work.where, None)
+    assert collect(pool, 1)["x"].result[2] in ready
+
+
+def _command(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def test_a_dead_worker_is_lost_not_failed(pool: Pool) -> None:

@@ -145,6 +145,14 @@ def test_lower_is_better_when_it_is_minimised() -> None:
     assert answer.gain.ratio == pytest.approx(0.5, abs=0.02)
 
 
+def test_latency_of_an_overrun_server_is_never_ranked() -> None:
+    of = experiment(objective="{minimize: tpot_mean_ms}")
+    rows = [row(None, tpot_mean_ms=10.0), row(8, tpot_mean_ms=1.0, saturated=True), row(4, tpot_mean_ms=7.0)]
+    winner = recommend(rows, of).winner
+    assert winner is not None
+    assert winner.flags["max_num_seqs"] == 4
+
+
 def test_pareto_front_holds_what_nothing_beats() -> None:
     of = experiment(objective="[{maximize: output_tokens_per_s}, {minimize: ttft_p95_ms}]")
     a, b, c = row(1, 100, ttft_p95_ms=10.0), row(2, 200, ttft_p95_ms=50.0), row(4, 90, ttft_p95_ms=20.0)

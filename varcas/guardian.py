@@ -427,7 +427,7 @@ def become(
             blamed = cwd
             os.chdir(cwd)
             blamed = argv[0]
-        os.execvpe(argv[0], argv, env)
+        os.execvpe(argv[0], argv, env)  # noqa: S606 - no shell is the point
     except OSError as error:
         report = {"errno": error.errno, "strerror": error.strerror, "path": blamed}
         os.write(failure_fd, json.dumps(report).encode())

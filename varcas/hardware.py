@@ -97,7 +97,11 @@ def state_of(gpu: Gpu) -> GpuState:
     memory = _asked(nvml, nvml.nvmlDeviceGetMemoryInfo, handle, nvml.nvmlMemory_v2)  # v1 counts the driver's own share
     util = _asked(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
     reasons = _asked(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
-    harmless = nvml.nvmlClocksEventReasonGpuIdle | nvml.nvmlClocksEventReasonApplicationsClocksSetting
+    harmless = (
+        nvml.nvmlClocksEventReasonGpuIdle
+        | nvml.nvmlClocksEventReasonApplicationsClocksSetting
+        | nvml.nvmlClocksEventReasonSwPowerCap  # how a 70 W T4 runs under any load: its speed, not a disturbance
+    )
     return GpuState(
         power_w=None if power_mw is None else power_mw / 1000,
         memory_used_bytes=None if memory is None else int(memory.used),

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.experiment import Experiment, Objective
 from varcas.metrics import Gain, compare
-from varcas.records import TrialRow
+from varcas.records import LATENCY_METRICS, TrialRow
 from varcas.space import ServingConfig
 
 Verdict = Literal["better", "inconclusive", "unconfirmed", "baseline_best", "no_baseline", "pareto", "no_answer"]
@@ -103,15 +103,20 @@ def value(row: TrialRow, objective: Objective) -> float | None:
     return None if found is None else float(found)
 
 
-def usable(row: TrialRow) -> bool:
-    """Measured, to be believed, and within the SLO."""
-    return row.state == "complete" and row.valid is not False and row.slo_met is not False
+def usable(row: TrialRow, objective: Objective | None = None) -> bool:
+    """Measured, to be believed, within the SLO, and not ranked by the latency of a server that was overrun."""
+    overrun = bool(row.saturated) and objective is not None and objective.metric in LATENCY_METRICS
+    return row.state == "complete" and row.valid is not False and row.slo_met is not False and not overrun
 
 
 def ranked(rows: Iterable[TrialRow], objective: Objective) -> list[TrialRow]:
     """Search and baseline rows that could be deployed, best first, one a configuration."""
     sign = -1 if objective.direction == "maximize" else 1
-    good = [(sign * v, row.number, row) for row in rows if usable(row) and (v := value(row, objective)) is not None]
+    good = [
+        (sign * v, row.number, row)
+        for row in rows
+        if usable(row, objective) and (v := value(row, objective)) is not None
+    ]
     best: dict[str, TrialRow] = {}
     for _, _, row in sorted(good, key=lambda entry: entry[:2]):
         if row.purpose != "confirm":
@@ -377,7 +382,7 @@ def _warnings(rows: Sequence[TrialRow], finding: Finding, winner: Arm | None) ->
 
 
 def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
-    """Writes `start_vllm.sh` (baseline) and, for another winner, `start_vllm_optimized.sh`; returns the one to deploy."""
+    """Writes `start_vllm.sh` (baseline) and `start_vllm_optimized.sh` (another winner); returns the one to deploy."""
     answer = recommend(rows, experiment)
     finding = find(rows, experiment)
     directory.mkdir(parents=True, exist_ok=True)
@@ -385,14 +390,24 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
     for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", finding.winner)):
         if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
             continue
-        config = ServingConfig(experiment.model, experiment.revision, _flags(row))
-        comments = _script_comments(answer, row, experiment)
+        config = ServingConfig(_deployed_model(experiment), experiment.revision, _flags(row))
+        script = config.start_script(
+            python=experiment.server.python or "python3",
+            comments=_script_comments(answer, row, experiment),
+            env=experiment.server.env,
+        )
         path = directory / name
-        path.write_text(config.start_script(python=experiment.server.python or "python3", comments=comments))
+        path.write_text(script)
         path.chmod(0o755)
         paths[row.config_hash] = str(path)
     deployed = _deployed(answer.verdict, finding)
     return paths.get(deployed.config_hash) if deployed else None
+
+
+def _deployed_model(experiment: Experiment) -> str:
+    """A model directory as a path that holds wherever the script is run; a hub id as it is."""
+    path = Path(experiment.model).expanduser()
+    return str(path.resolve()) if path.is_dir() else experiment.model
 
 
 def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experiment) -> list[str]:

@@ -141,7 +141,7 @@ def check_paths(experiment: Experiment) -> None:
         if not Path(place).is_absolute():
             raise InputError(
                 f"{name}: {place!r}: is relative, and a Ray job's working directory is a copy that Ray evicts. "
-                f"Give an absolute path on a disk that stays, e.g. --results /mnt/varcas/{Path(place).name or 'results'}."
+                f"Give an absolute path on a disk that stays, e.g. /mnt/varcas/{Path(place).name or 'results'}."
             )
 
 
@@ -187,6 +187,7 @@ class Sweeper:
         while self.pool.busy and time.monotonic() < deadline_s:
             self._collect()
         self.pool.dismiss(self._node)
+        self.study.close()
 
     def _open(self) -> None:
         experiment, node = self.experiment, self._node
@@ -311,6 +312,7 @@ class Sweeper:
         )
         self._jobs[job.key] = job
         self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
+        self.pool.prepare()
         self._emit(Event("start", text=_described(job)))
 
     def _collect(self) -> None:
@@ -388,7 +390,7 @@ class Sweeper:
         return [(arm, rows[arm]) for arm in order]
 
     def _retries(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
-        """Starts that were lost or not to be believed, which is not the configuration's fault; `max_retries` of them."""
+        """Starts that were lost or not to be believed, through no fault of the configuration: `max_retries` of them."""
         if self.pool.busy:
             return []
         again = sum(row.failure_kind in RETRIED or row.valid is False for row in self._rows if row.purpose == "confirm")

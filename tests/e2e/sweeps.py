@@ -110,7 +110,7 @@ def left_after(run: Run, before: set[str], timeout_s: float = 10) -> tuple[dict[
     deadline_s = time.monotonic() + timeout_s
     while True:
         processes, segments = run.marked(), shared_memory() - before
-        if not processes and not segments or time.monotonic() > deadline_s:
+        if (not processes and not segments) or time.monotonic() > deadline_s:
             return processes, segments
         time.sleep(0.1)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.sweeps import end, left_after, marked, shared_memory, write_experiment
 from tests.e2e.sweeps import Run as Marked
+from tests.e2e.sweeps import end, left_after, marked, shared_memory, write_experiment
 from varcas.child import free_port
 from varcas.results import Results
 

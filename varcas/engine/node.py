@@ -105,7 +105,7 @@ class Node:
         return list(self._validator.flags())
 
     def check(self, argv: Sequence[str]) -> Checked:
-        """vLLM's word on a configuration (`ServingConfig.argv()`), with the model as it lies on this node."""
+        """VLLM's word on a configuration (`ServingConfig.argv()`), with the model as it lies on this node."""
         here = ["--model", self.fetch().path, *without(argv, "--model", "--revision")]
         return self._validator.check(here)
 
