@@ -16,6 +16,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import contextlib  # noqa: E402
 import gc  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
@@ -61,6 +62,7 @@ LATE_S = 1.0  # a request that is this late at the window's end is not sent any 
 PROGRESS_EVERY_S = 0.2
 KILL_TIMEOUT_S = 5.0
 MAX_PROBE_S = 10.0
+FIRST = -20  # highest niceness
 UNFINISHED = "unfinished"
 
 
@@ -460,10 +462,23 @@ def _record(exchange: Exchange, answer: Answer, t0_s: float) -> list[Any]:
     ]
 
 
+def _come_first() -> None:
+    """Asks the kernel to run this process as soon as it has something to do; needs root or CAP_SYS_NICE.
+
+    vLLM's processes spin while they wait for each other. On 2 cores Linux's autogroups (one a session: sched(7)) then
+    let a client that needs 3 % of a core wait for seconds: send lag p99 was 1,100 ms, and is 5 ms with this.
+    """
+    with contextlib.suppress(OSError):  # refused: the send lag will tell
+        Path("/proc/self/autogroup").write_text(str(FIRST))
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, FIRST)
+
+
 def main() -> None:
     """Speaks on the pipe that stdout was; whatever else prints goes to the log."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _come_first()
     events_fd = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     Process(sys.stdin.fileno(), events_fd).serve()
