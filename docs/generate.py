@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import typer.main
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -28,21 +27,19 @@ def cli_page() -> Iterator[str]:
     yield "# Command line\n"
     yield "Exit codes: 0 done; 1 the work failed; 2 bad input; 3 done, but no configuration meets the SLO or runs;"
     yield "130 interrupted, everything measured is kept.\n"
-    root = typer.main.get_command(app)
-    assert isinstance(root, click.Group)
+    root: Any = typer.main.get_command(app)
     for name, command in root.commands.items():
-        context = click.Context(command, info_name=f"varcas {name}")
         yield f"## varcas {name}\n"
         yield (command.help or "").replace("\b", "").strip() + "\n"
         yield "| argument or option | what it is |\n|---|---|"
-        for parameter in command.get_params(context):
+        for parameter in command.params:
             yield f"| `{_usage(parameter)}` | {_help(parameter)} |"
         yield ""
 
 
 def _usage(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return str(parameter.make_metavar(click.Context(click.Command("x"))))
+        return str(parameter.metavar or parameter.name.upper())
     return ", ".join(parameter.opts)
 
 

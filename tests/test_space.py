@@ -402,7 +402,6 @@ def test_enqueued_flags_are_checked(entry: str, said: str) -> None:
 def test_a_list_of_configurations_needs_no_space() -> None:
     made = space("{}", study="{enqueue: [{x: 2}]}")
     assert made.size() == len(list(made.configs())) == 0
-    assert list(made.flags_named()) == [["dtype"], [], ["x"], []]
 
 
 def test_close_numbers_lie_closer_than_far_ones_and_than_other_choices() -> None:
@@ -433,6 +432,20 @@ def test_unknown_flags_are_answered_with_the_nearest_right_spelling(flag: str, s
         check_flags(["max_num_seqs", flag], KNOWN)
     assert said in str(caught.value)
     assert str(caught.value).count("\n") == 0
+
+
+def test_every_place_that_names_a_flag_is_checked_with_its_line() -> None:
+    text = (
+        "name: t\nmodel: m\nworkload: {rate_rps: 1}\nserve:\n  dtyp: half\nbaseline:\n  max_num_seq: 1\n"
+        "space:\n  max_num_seqs: {choices: [1, 2]}\nstudy:\n  enqueue:\n    - {enable_prefix_cachin: true}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        Space(parse_experiment(text, "x.yaml")).check_names([*KNOWN, "dtype"])
+    assert [line.split(" the installed")[0] for line in str(caught.value).splitlines()] == [
+        "x.yaml:5: serve.dtyp:",
+        "x.yaml:7: baseline.max_num_seq:",
+        "x.yaml:12: study.enqueue.0.enable_prefix_cachin:",
+    ]
 
 
 def test_known_flags_pass() -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -236,6 +237,7 @@ def dashboard(
     if dry_run:
         print(shlex.join(argv))
         return
+    _require_free(port)
     print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
     os.execv(argv[0], argv)  # noqa: S606
 
@@ -255,6 +257,15 @@ def doctor(
     _print(report, as_json, report_text(report))
     if not report.ok:
         raise typer.Exit(VarcasError.exit_code)
+
+
+def _require_free(port: int) -> None:
+    """Raises InputError when somebody listens on a port of ours."""
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            return
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--port: {port}: cannot be listened on ({error}). Give another, e.g. --port 8081.") from error
 
 
 def parse_duration(text: str) -> float:

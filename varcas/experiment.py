@@ -15,6 +15,7 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    PrivateAttr,
     Tag,
     ValidationError,
     field_validator,
@@ -203,6 +204,7 @@ def _objective_kind(entry: Any) -> str:
 
 
 Flags = dict[str, JsonValue]
+Place = tuple[str | int, ...]
 SpaceEntry = Annotated[
     Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")],
     Discriminator(
@@ -237,6 +239,8 @@ class Experiment(BaseModel):
     )
     study: Study = Field(default_factory=Study)
     results: str = Field(default="results/", description="a local or shared path")
+    _origin: str = PrivateAttr(default="")
+    _lines: dict[Place, int] = PrivateAttr(default_factory=dict)
 
     @field_validator("serve", "baseline", "space")
     @classmethod
@@ -269,6 +273,11 @@ class Experiment(BaseModel):
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
         return self
+
+    def place(self, *path: str | int) -> str:
+        """`file.yaml:12: serve.max_num_seqs` for messages; without the file when it was made in Python."""
+        field = ".".join(map(str, path))
+        return f"{self._origin}:{line_of(path, self._lines)}: {field}" if self._origin else field
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -306,7 +315,9 @@ def parse_experiment(text: str, origin: str = "<experiment>") -> Experiment:
             f"{origin}:1: an experiment is a mapping with `name`, `model`, `workload`, ...; see `varcas init`"
         )
     try:
-        return Experiment.model_validate_json(json.dumps(data))
+        experiment = Experiment.model_validate_json(json.dumps(data))
+        experiment._origin, experiment._lines = origin, lines
+        return experiment
     except TypeError as error:
         raise InputError(
             f"{origin}: {error}: quote the value; only text, numbers, true, false and null are allowed"
@@ -338,7 +349,7 @@ def _lines(node: yaml.Node, path: tuple[str | int, ...]) -> Iterator[tuple[tuple
             yield from _lines(value, (*path, index))
 
 
-def line_of(path: tuple[str | int, ...], lines: Mapping[tuple[str | int, ...], int]) -> int:
+def line_of(path: tuple[str | int, ...], lines: Mapping[Place, int]) -> int:
     """The line of the longest known prefix of `path`."""
     while path and path not in lines:
         path = path[:-1]
@@ -366,7 +377,7 @@ def _is_misspelling(missing: ErrorDetails, others: Sequence[ErrorDetails]) -> bo
     )
 
 
-def _message(detail: ErrorDetails, lines: Mapping[tuple[str | int, ...], int], origin: str) -> str:
+def _message(detail: ErrorDetails, lines: Mapping[Place, int], origin: str) -> str:
     loc, text = _place(detail), detail["msg"].removeprefix("Value error, ")
     key, colon, rest = text.partition(": ")
     if colon and (*loc, key.strip("'")) in lines:  # a validator of ours that names the key at fault

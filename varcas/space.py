@@ -388,12 +388,24 @@ class Space:
         """As `points`, as configurations."""
         return (self.config(flags) for _, flags in self.points())
 
-    def flags_named(self) -> Iterator[list[str]]:
-        """Flags that the experiment names, a list for each place that names them; for `check_flags`."""
-        e = self.experiment
-        for place in (e.serve, e.baseline, *e.study.enqueue):
-            yield list(place)
-        yield list(e.space)
+    def check_names(self, known: Iterable[str]) -> None:
+        """Checks every flag that the experiment names against those that the installed vLLM has.
+
+        Raises:
+            InputError: unknown flags, each with file, line and the nearest right spelling.
+        """
+        e, known = self.experiment, list(known)
+        enqueued = [(("study", "enqueue", i), list(flags)) for i, flags in enumerate(e.study.enqueue)]
+        named = [(("serve",), list(e.serve)), (("baseline",), list(e.baseline)), (("space",), list(e.space)), *enqueued]
+        wrong = []
+        for path, flags in named:
+            for flag in flags:
+                try:
+                    check_flags([flag], known)
+                except InputError as error:
+                    wrong.append(f"{e.place(*path, flag)}: {str(error).removeprefix(f'{flag}: ')}")
+        if wrong:
+            raise InputError("\n".join(wrong))
 
     def _active(self, dimension: _Dimension, flags: Mapping[str, JsonValue]) -> bool:
         if not dimension.when:

@@ -21,7 +21,7 @@ from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, Pool, in_ray_job
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, find, recommend, write_scripts
-from varcas.space import ServingConfig, Space, check_flags
+from varcas.space import ServingConfig, Space
 from varcas.store import Store
 from varcas.study import Proposal, Study, open_study
 from varcas.trial import TrialTask, run_trial
@@ -194,16 +194,32 @@ class Sweeper:
         timeout_s = experiment.server.download_timeout_s + 60
         self.facts: NodeFacts = self.pool.call(node, "facts", timeout_s=timeout_s)
         known = self.pool.call(node, "flag_names", timeout_s=300.0)
-        for flags in self.space.flags_named():
-            check_flags(flags, known)
+        self.space.check_names(known)
+        self._check_baseline()
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
         self.study: Study = open_study(experiment, self.space, storage, past=self._rows)
-        baseline = self.space.config(self.experiment.baseline)
-        if refused := self._refusal(baseline):
-            self._note(f"the baseline is refused by vLLM: {refused}")
+
+    def _check_baseline(self) -> None:
+        """The configuration to beat must be one that vLLM takes.
+
+        Raises:
+            InputError: in vLLM's words, with the flag's place in the file.
+        """
+        e = self.experiment
+        checked = self.pool.call(self._node, "check", self.space.config(e.baseline).argv(), timeout_s=300.0)
+        if checked.ok:
+            return
+        section = "serve" if checked.flag in e.serve and checked.flag not in e.baseline else "baseline"
+        given = {**e.serve, **e.baseline}.get(checked.flag)
+        value = f" {json.dumps(given)}:" if given is not None else ""
+        place = e.place(section, *([checked.flag] if checked.flag else []))
+        raise InputError(
+            f"{place}:{value} vLLM {self.facts.engine_version} refuses the baseline: {checked.error}. "
+            "Give a value that it takes; `varcas validate` asks it without starting anything."
+        )
 
     def _keep_fingerprint(self) -> None:
         """Rows of one study name must have measured the same thing.

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.engine.node import Node, check_local_model
 from varcas.experiment import Experiment
-from varcas.space import Space, check_flags
+from varcas.space import Space
 
 CHECKED_AT_MOST = 200
 """Configurations of the space that are put to vLLM; a further one costs 3 ms, but a large space has millions."""
@@ -63,8 +63,7 @@ def _asked(experiment: Experiment, space: Space, node: Node) -> Validated:
         )
     facts = node.facts()
     known = node.flag_names()
-    for flags in space.flags_named():
-        check_flags(flags, known)
+    space.check_names(known)
     baseline = node.check(space.config(experiment.baseline).argv())
     configs = list(itertools.islice(space.configs(), CHECKED_AT_MOST)) if space.size() is not None else []
     answers = [(config, node.check(config.argv())) for config in configs]

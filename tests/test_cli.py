@@ -1,0 +1,209 @@
+"""The command line as a person meets it: bad input of each kind, exit codes, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.sweeps import ROOT, marked, varcas, write_experiment
+from tests.rows import confirm, experiment, failed, row
+from varcas.cli import parse_duration
+from varcas.errors import InputError
+from varcas.store import Store
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def said(*arguments: str | Path, cwd: Path = ROOT) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "varcas", *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, timeout=110, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+def refused(run_directory: Path, *arguments: str | Path) -> str:
+    """The one error of a command that must start nothing."""
+    run = varcas(*arguments)
+    code, out, err = run.finish(100)
+    assert code == 2, (code, out, err)
+    assert "Traceback" not in err + out
+    assert not marked(run.mark)
+    assert not list(run_directory.glob("results/logs/*/*")), "a server was started"
+    errors = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, err
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spce": {}}, ["spce", "Did you mean space?"]),
+        ({"study": {"trials": "many"}}, ["study.trials", '"many"', "integer"]),
+        ({"space": {}}, ["space", "empty"]),
+        ({"space": {"max_num_seq": {"choices": [1]}}}, ["max_num_seq", "Did you mean max_num_seqs?"]),
+        ({"baseline": {"max_num_seqs": 0}}, ["max_num_seqs", "0", "refuses"]),
+        ({"model": "nowhere/at/all"}, ["model", "nowhere/at/all", "config.json"]),
+        ({"hardware": {"gpu": "T4"}}, ["hardware.gpu", "'T4'", "no GPU", "auto"]),
+        ({"results": "/proc/results"}, ["/proc/results"]),
+        ({"server": {"python": "/nowhere/python"}}, ["server.python", "/nowhere/python", "pip install"]),
+        ({"study": {"storage": "mysql://x"}}, ["study.storage", "mysql"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_one_error_and_starts_nothing(
+    changes: dict[str, Any], words: list[str], tmp_path: Path, model_dir: Path
+) -> None:
+    path = write_experiment(tmp_path, model_dir, **changes)
+    if "results" not in changes:
+        changes = {**changes, "results": str(tmp_path / "results")}
+    error = refused(tmp_path, "sweep", path)
+    assert [word for word in words if word not in error] == [], error
+
+
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
+    with Store(tmp_path / "results") as store:
+        store.append(row(None))
+        store.save_study("t", {"fingerprint": {}, "experiment": json.loads(experiment().model_dump_json())})
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        error = refused(tmp_path, "dashboard", "--results", tmp_path / "results", "--port", port)
+    assert port in error
+    assert "--port 8081" in error
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "results"
+    with Store(path) as store:
+        rows = [row(None, 100, number=0), row(8, 130, number=1), failed(4, number=2)]
+        for entry in [*rows, *confirm(None, 100, 101, 99), *confirm(8, 120, 121, 119)]:
+            store.append(entry)
+        store.save_study("t", {"fingerprint": {}, "experiment": json.loads(experiment().model_dump_json())})
+    return path
+
+
+def test_results_as_table_json_csv_and_sql(store: Path) -> None:
+    code, out, _ = said("results", "--results", store)
+    assert code == 0
+    assert "max_num_seqs=8" in out
+    assert "out_of_memory" in out
+    code, out, _ = said("results", "--results", store, "--json")
+    assert len(json.loads(out)) == 9
+    code, out, _ = said("results", "--results", store, "--csv")
+    assert out.splitlines()[0].startswith("trial_id,trial_key,study")
+    assert len(out.splitlines()) == 10
+    code, out, _ = said("results", "--results", store, "--json", "--sql", "select count(*) n from trials")
+    assert json.loads(out) == [{"n": 9}]
+    code, _, err = said("results", "--results", store, "--sql", "select nothing from nowhere")
+    assert code == 2
+    assert "nowhere" in err
+
+
+def test_show_says_what_failed_and_how_to_reproduce_it(store: Path) -> None:
+    code, out, _ = said("show", "2", "--results", store)
+    assert code == 0
+    assert "out_of_memory: words" in out
+    assert "--max-num-seqs 4" in out
+    code, _, err = said("show", "77", "--results", store)
+    assert code == 2
+    assert "no such trial" in err
+
+
+def test_recommend_as_text_and_json(store: Path) -> None:
+    code, out, _ = said("recommend", "--results", store)
+    assert code == 0
+    assert "max_num_seqs = 8" in out
+    code, out, _ = said("recommend", "t", "--results", store, "--json")
+    assert json.loads(out)["verdict"] == "better"
+
+
+def test_no_answer_exits_3(tmp_path: Path) -> None:
+    with Store(tmp_path / "results") as opened:
+        opened.append(failed(None))
+        opened.save_study("t", {"fingerprint": {}, "experiment": json.loads(experiment().model_dump_json())})
+    code, out, _ = said("recommend", "--results", tmp_path / "results", "--json")
+    assert code == 3
+    assert json.loads(out)["deploy"] is None
+
+
+@pytest.mark.parametrize("argument", ["t", "u"])
+def test_a_study_that_is_not_there(store: Path, argument: str) -> None:
+    code, _, err = said("recommend", argument, "--results", store)
+    assert code == (0 if argument == "t" else 2)
+    assert argument == "t" or "There: t" in err
+
+
+def test_no_results_yet(tmp_path: Path) -> None:
+    code, _, err = said("results", "--results", tmp_path)
+    assert code == 2
+    assert "holds no results" in err
+
+
+def test_schema_is_json() -> None:
+    assert json.loads(said("schema")[1])["properties"]["workload"]
+
+
+def test_doctor_reports_as_json() -> None:
+    code, out, _ = said("doctor", "--json")
+    report = json.loads(out)
+    assert {"python", "vllm", "gpu", "disk"} <= {check["name"] for check in report["checks"]}
+    assert code == (0 if report["ok"] else 1)
+
+
+def test_init_writes_an_experiment_that_validates(tmp_path: Path, model_dir: Path) -> None:
+    code, out, err = said("init", model_dir, "--rate", "20", "--slo", "ttft_p95_ms=500")
+    assert code == 0, err
+    path = tmp_path / "my.yaml"
+    path.write_text(out)
+    assert "goodput_rps" in out
+    code, out, err = said("validate", path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["baseline_ok"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "T44"], ["--gpu", "'T44'", "Did you mean T4?"]),
+        (["--slo", "ttft_p95_ms"], ["--slo", "METRIC=LIMIT"]),
+        (["--slo", "ttft_95=3"], ["ttft_95"]),
+        (["--profile", "chat-mid"], ["--profile", "chat-medium"]),
+    ],
+)
+def test_init_refuses_what_it_does_not_know(arguments: list[str], words: list[str], model_dir: Path) -> None:
+    code, _, err = said("init", model_dir, *arguments)
+    assert code == 2
+    assert [word for word in words if word not in err] == [], err
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("900s", 900), ("90", 90), ("1.5h", 5400)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "3d", "-5m"])
+def test_durations_that_are_none(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_duration(text)
+
+
+def test_help_of_every_command_has_an_example_and_loads_no_heavy_library() -> None:
+    code, out, _ = said("--help")
+    assert code == 0
+    for command in ("sweep", "init", "validate", "schema", "results", "show", "recommend", "dashboard", "doctor"):
+        assert command in out
+        assert "Example" in said(command, "--help")[1]
+    heavy = "import sys, varcas.cli; print([m for m in ('ray','optuna','locust','vllm','duckdb') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
