@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
-UV := $(VENV)/uv/bin/uv
+UV := .uv/bin/uv
 # The CPU build of torch: from PIP_FIND_LINKS where this machine has it there, else from PyTorch's own index.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FROM := $(if $(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
@@ -14,8 +14,8 @@ setup: $(VENV)/.ready ## install everything into .venv: varcas, vLLM's CPU build
 
 $(UV):
 	$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "varcas needs Python 3.11 or newer: make PY=python3.11 ...")'
-	$(PY) -m venv $(VENV)/uv
-	$(VENV)/uv/bin/pip install --quiet "uv>=0.11"
+	$(PY) -m venv .uv
+	.uv/bin/pip install --quiet "uv>=0.11"
 
 $(VENV)/.ready: pyproject.toml uv.lock $(UV)
 	UV_PROJECT_ENVIRONMENT=$(VENV) $(UV) sync --frozen --quiet --python $(PY) --extra cpu --extra dev --inexact
@@ -47,4 +47,4 @@ bench: $(VENV)/.ready ## varcas's own overhead: driver, pool, store
 	$(BIN)/python benchmarks/store_append.py
 
 clean:
-	rm -rf $(VENV) models .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .uv models .mypy_cache .ruff_cache .pytest_cache

@@ -69,6 +69,19 @@ def test_bad_input_is_one_error_and_starts_nothing(
     assert [word for word in words if word not in error] == [], error
 
 
+def test_a_model_that_cannot_be_fetched_is_said_in_words(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path, Path("nobody-has/this-model"))
+    data = json.loads(path.read_text())
+    data["server"]["download_timeout_s"] = 30
+    path.write_text(json.dumps(data))
+    code, _, err = varcas(
+        "sweep", path, env={"HF_ENDPOINT": "http://127.0.0.1:9", "VARCAS_CACHE": str(tmp_path)}
+    ).finish(100)
+    assert code == 1, err
+    assert "model_download" in err
+    assert "Traceback" not in err
+
+
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with Store(tmp_path / "results") as store:
         store.append(row(None))

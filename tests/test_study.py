@@ -34,7 +34,6 @@ from varcas.study import (
 )
 
 SPACE = "{max_num_seqs: {choices: [1, 2, 4, 8, 16, 32, 64, 128]}, kv_cache_dtype: {choices: [auto, fp8]}}"
-POSTGRESQL = os.environ.get("VARCAS_TEST_POSTGRESQL")
 
 
 def experiment(space: str = SPACE, *, study: str = "{trials: 1000}", **keys: str) -> Experiment:
@@ -141,9 +140,7 @@ def desk(journal: str) -> Desk:
 @pytest.fixture(params=["journal", "sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "postgresql":
-        if POSTGRESQL is None:
-            pytest.skip("VARCAS_TEST_POSTGRESQL names no database")
-        yield POSTGRESQL
+        yield request.getfixturevalue("postgresql")
     else:
         yield (
             f"journal:{tmp_path / 'new' / 's.log'}" if request.param == "journal" else f"sqlite:///{tmp_path}/new/s.db"

@@ -146,7 +146,7 @@ class Pool:
         """Calls a method of a service.
 
         Raises:
-            VarcasError: no answer within `timeout_s`, or its worker died.
+            VarcasError: no answer within `timeout_s`, or its worker died; else what the method raised.
         """
         try:
             return self._ray.get(service.call.remote(method, args), timeout=timeout_s)
@@ -154,6 +154,8 @@ class Pool:
             raise VarcasError(f"{method}: no answer from the worker node within {timeout_s:.0f} s") from error
         except self._ray.exceptions.RayActorError as error:
             raise VarcasError(f"{method}: the worker on the node died: {_first_line(error)}") from error
+        except self._ray.exceptions.RayTaskError as error:
+            raise error.cause from None  # Ray's own message is a traceback
 
     def dismiss(self, service: Any) -> None:
         """Ends a service and what it started."""

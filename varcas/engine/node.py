@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcas import hardware
+from varcas.engine.failures import HINTS
 from varcas.engine.fetch import FetchedModel, check_local_model, fetch_model, is_local
 from varcas.engine.probe import probe_python
 from varcas.engine.validation import Checked, Validator
 from varcas.engine.vllm import server_env, without
+from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Server
 
 __all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "check_local_model"]
@@ -75,17 +77,24 @@ class Node:
 
         Raises:
             MissingVllmError: the server's Python has no vLLM.
-            TrialError: `model_download`, `bad_model_files`, `missing_dependency`.
+            VarcasError: the model cannot be had: the failure kind, the line that says so, and what to do.
         """
         version = self._python.require().vllm_version
         assert version is not None
-        fetched = self.fetch()
+        try:
+            fetched = self.fetch()
+        except TrialError as error:
+            raise VarcasError(f"model: {error.kind}: {error.detail}. Fix: {HINTS[error.kind]}.") from None
         gpu = self._gpus[0] if self._gpus else None
         driver = gpu.driver_version if gpu else None
         return NodeFacts(version, fetched.path, fetched.revision, self._gpu_name, driver)
 
     def fetch(self) -> FetchedModel:
-        """The model on this node, fetched once. Raises as `facts`."""
+        """The model on this node, fetched once.
+
+        Raises:
+            TrialError: `model_download`, `bad_model_files`, `missing_dependency`.
+        """
         if self._fetched is None:
             cache = cache_dir()
             cache.mkdir(parents=True, exist_ok=True)
