@@ -16,8 +16,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from varcas import __version__, hardware
-from varcas.engine.node import Node
+from varcas.engine.node import Node, check_local_model
 from varcas.engine.probe import probe_python
+from varcas.errors import InputError
 from varcas.experiment import Experiment, Server
 
 LIBRARIES = ("ray", "optuna", "locust", "pyarrow", "pydantic", "duckdb")
@@ -76,8 +77,15 @@ def _python() -> Check:
 
 
 def _libraries() -> Check:
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in LIBRARIES)
-    return Check(name="libraries", status="ok", found=found)
+    found, missing = [], []
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        return Check(name="libraries", status="missing", found=f"no {', '.join(missing)}", fix="pip install varcas")
+    return Check(name="libraries", status="ok", found=", ".join(found))
 
 
 def _vllm(server: Server) -> Check:
@@ -119,7 +127,10 @@ def _gpus(wanted: str) -> Check:
 
 def _ray() -> Check:
     address = os.environ.get("RAY_ADDRESS")
-    where = f"cluster at {address}" if address else "no RAY_ADDRESS: a local Ray is started for each sweep"
+    where = "a local Ray is started for each sweep; --address joins a cluster"
+    if address:
+        fix = f"varcas sweep EXPERIMENT --address {address}"
+        return Check(name="ray", status="warning", found=f"RAY_ADDRESS={address} is not used by itself", fix=fix)
     return Check(name="ray", status="ok", found=where)
 
 
@@ -168,9 +179,11 @@ def _open_files() -> Check:
 
 
 def _model(experiment: Experiment) -> Check:
-    node = Node(experiment.server, experiment.model, experiment.revision)
-    here = node.model_is_local()
-    if here:
+    try:
+        check_local_model(experiment.model)
+    except InputError as error:
+        return Check(name="model", status="missing", found=str(error), fix="correct `model:` in the experiment")
+    if Node(experiment.server, experiment.model, experiment.revision).model_is_local():
         return Check(name="model", status="ok", found=f"{experiment.model} is here")
     fix = "it is fetched before the first server starts; set HF_TOKEN for a gated model"
     return Check(name="model", status="warning", found=f"{experiment.model} is not a local directory", fix=fix)

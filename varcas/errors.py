@@ -1,6 +1,6 @@
 """The exception tree, and the exit code of each branch.
 
-`VarcasError` (1) ← `InputError` (2), `Interrupted` (130). "Nothing meets the SLO" (3) is a result, not an exception.
+`VarcasError` (1) ← `InputError` (2); an interrupt is 130. "Nothing meets the SLO" (3) is a result, not an exception.
 `TrialError` is caught once, in `trial.py`, and becomes a row: it never reaches the command line.
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from varcas.experiment import Hardware
 RAY_ENV = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # a load generator at niceness 15 is late
-    "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs (validation) still sees which there are
 }
+LOCAL_ENV = {"RAY_AUTH_MODE": "token"}
+"""For a Ray of our own; a cluster that is joined says itself how it authenticates."""
 OBJECT_STORE_BYTES = 256 * 2**20
 STAND_BY_S = 3600
+POLL_S = 0.25
+CLOSE_TIMEOUT_S = 2.0
 PRESTART_TIMEOUT_S = 2.0
 JOB_ENV = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for the driver of a submitted job (ray/_private/ray_constants.py, `RAY_JOB_CONFIG_JSON_ENV_VAR`)."""
@@ -46,10 +50,15 @@ class Slots:
     """What the pool may use at once, and what each worker reserves beside its GPUs."""
 
     num_gpus: int
+    gpus_per_node: int
     on_gpu: bool
     gpu: str
     cpus_per_gpu: float
     resources: Mapping[str, float]
+
+
+class LostServiceError(VarcasError):
+    """The worker of a service died, with its node or alone."""
 
 
 class _Worker:
@@ -89,6 +98,7 @@ class Pool:
         ray: Any = untyped
         self._ray = ray
         self._owns_ray = not ray.is_initialized()
+        self._is_local = self._owns_ray and not address and not in_ray_job()
         if self._owns_ray:
             _connect(ray, address, ray_options)
         try:
@@ -123,9 +133,9 @@ class Pool:
         """Has a worker process stand by on each node, so that the next actor starts in 0.4 s rather than in 1 s.
 
         Ray's own call for it is not public: where it is refused, or missing in another version, nothing is lost but
-        that time. In a Ray job it is not made: such a worker would not have the job's runtime environment.
+        that time. Only in a Ray of our own: elsewhere such workers would lie about on nodes that do not need them.
         """
-        if in_ray_job():
+        if not self._is_local:
             return
         with suppress(Exception):
             _prestart(self._ray)
@@ -142,25 +152,34 @@ class Pool:
         options = self._reservation(0) | {"num_cpus": 0}
         return self._ray.remote(_Service).options(**options, max_restarts=0).remote(make, args)
 
-    def call(self, service: Any, method: str, *args: Any, timeout_s: float) -> Any:
+    def call(
+        self, service: Any, method: str, *args: Any, timeout_s: float, stopping: threading.Event | None = None
+    ) -> Any:
         """Calls a method of a service.
 
         Raises:
-            VarcasError: no answer within `timeout_s`, or its worker died; else what the method raised.
+            VarcasError: no answer within `timeout_s`; else what the method raised.
+            LostServiceError: its worker died.
+            KeyboardInterrupt: `stopping` was set while it worked.
         """
+        answer = service.call.remote(method, args)
+        ends_s = time.monotonic() + timeout_s
+        while not self._ray.wait([answer], timeout=POLL_S)[0]:
+            if stopping is not None and stopping.is_set():
+                raise KeyboardInterrupt
+            if time.monotonic() > ends_s:
+                raise VarcasError(f"{method}: no answer from the worker node within {timeout_s:.0f} s")
         try:
-            return self._ray.get(service.call.remote(method, args), timeout=timeout_s)
-        except self._ray.exceptions.GetTimeoutError as error:
-            raise VarcasError(f"{method}: no answer from the worker node within {timeout_s:.0f} s") from error
-        except self._ray.exceptions.RayActorError as error:
-            raise VarcasError(f"{method}: the worker on the node died: {_first_line(error)}") from error
+            return self._ray.get(answer)
         except self._ray.exceptions.RayTaskError as error:
             raise error.cause from None  # Ray's own message is a traceback
+        except self._ray.exceptions.RayError as error:
+            raise LostServiceError(f"{method}: the worker on the node died: {_first_line(error)}") from error
 
     def dismiss(self, service: Any) -> None:
         """Ends a service and what it started."""
         with suppress(Exception):
-            self._ray.get(service.close.remote(), timeout=20)
+            self._ray.get(service.close.remote(), timeout=CLOSE_TIMEOUT_S)
         self._ray.kill(service)
 
     def cancel(self) -> None:
@@ -191,10 +210,10 @@ class Pool:
         key, actor, _ = self._running.pop(ref)
         try:
             return Finished(key, result=self._ray.get(ref))
-        except self._ray.exceptions.RayActorError as error:
-            return Finished(key, lost=_first_line(error))
-        except self._ray.exceptions.RayTaskError as error:  # our bug, or a lost object: never the configuration's fault
+        except self._ray.exceptions.RayTaskError as error:  # our bug: never the configuration's fault
             return Finished(key, lost=str(error).strip())
+        except self._ray.exceptions.RayError as error:  # the actor, its node, or the result on it is gone
+            return Finished(key, lost=_first_line(error))
         finally:
             self._ray.kill(actor)
 
@@ -240,12 +259,13 @@ def _connect(ray: Any, address: str | None, options: Mapping[str, Any]) -> None:
     if address or in_ray_job():
         try:
             ray.init(address=address or "auto", **quiet, **options)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
             raise InputError(
                 f"--address: {address or 'auto'}: no Ray cluster answers there ({_first_line(error)}). "
                 "Start one with `ray start --head` or `ray up cluster.yaml`, or leave --address out for a local Ray."
             ) from error
         return
+    os.environ.update({key: value for key, value in LOCAL_ENV.items() if key not in os.environ})
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(address="local", **quiet, **(local | dict(options)))
 
@@ -257,7 +277,6 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
         InputError: with what is there and what to write instead.
     """
     types = sorted(name.partition(":")[2] for name in cluster if name.startswith("accelerator_type:"))
-    total = int(cluster.get("GPU", 0))
     resources: dict[str, float] = {hardware.resource: 0.001} if hardware.resource else {}
     if hardware.resource and hardware.resource not in cluster:
         raise InputError(
@@ -265,10 +284,11 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
             f"{', '.join(sorted(name for name in cluster if ':' not in name))}. Start the nodes with "
             f"`ray start --resources '{{\"{hardware.resource}\": 1}}'`."
         )
-    live = [node["Resources"] for node in nodes if node["Alive"]]
+    total = int(cluster.get("GPU", 0))
     if hardware.gpu == "cpu" or (hardware.gpu == "auto" and not total):
-        node_cpus = max(resource.get("CPU", 1.0) for resource in live)
-        return Slots(min(hardware.count, len(live)), False, "cpu", node_cpus, resources)
+        usable = _nodes_with(nodes, resources)
+        node_cpus = max(node.get("CPU", 1.0) for node in usable)
+        return Slots(min(hardware.count, len(usable)), 1, False, "cpu", node_cpus, resources)
     if hardware.gpu == "auto" and len(types) > 1:
         raise InputError(f"hardware.gpu: auto: this cluster has several: {', '.join(types)}. Name one of them.")
     gpu = types[0] if hardware.gpu == "auto" and types else hardware.gpu
@@ -281,7 +301,15 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
             "join a cluster that has it with --address, or mark its nodes with a custom resource and name that in "
             "`hardware.resource`."
         )
-    if not total:
-        raise InputError(f"hardware.gpu: {gpu!r}: the nodes with {hardware.resource!r} have no GPU as Ray sees them.")
-    cpus = min((r.get("CPU", 1.0) / r["GPU"] for r in live if r.get("GPU")), default=1.0)
-    return Slots(min(hardware.count, total), True, gpu, float(max(1, int(cpus))), resources)
+    usable = [node for node in _nodes_with(nodes, resources) if node.get("GPU")]
+    if not usable:
+        raise InputError(f"hardware.gpu: {gpu!r}: the nodes with {', '.join(resources)} have no GPU as Ray sees them.")
+    gpus = [int(node["GPU"]) for node in usable]
+    cpus = min(node.get("CPU", 1.0) / node["GPU"] for node in usable)
+    return Slots(min(hardware.count, sum(gpus)), max(gpus), True, gpu, float(max(1, int(cpus))), resources)
+
+
+def _nodes_with(nodes: list[Any], resources: Mapping[str, float]) -> list[dict[str, float]]:
+    """Resources of the living nodes that have all of these."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return [node for node in alive if all(name in node for name in resources)]

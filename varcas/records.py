@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -311,6 +311,3 @@ class TrialRow(BaseModel):
     temperature_c: float | None = _doc("largest seen")
     throttle_frac: float | None = _doc("share of samples with a throttle reason other than idle")
     log_path: str | None = _doc("the server's log")
-
-
-Positive = Annotated[float, Field(gt=0)]

@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment, Objective
 from varcas.metrics import Gain, compare
 from varcas.records import LATENCY_METRICS, TrialRow
@@ -32,7 +33,7 @@ class Arm(BaseModel):
     )
     values: list[float] = Field(description="the objective in each valid confirmation start")
     starts: int = Field(description="confirmation starts made")
-    failed_starts: int = Field(description="of them, those that failed or measured nothing to be believed")
+    failed_starts: int = Field(description="of them, those that failed by the configuration's own fault")
     slo_met_starts: int | None = Field(description="of the valid ones, those that met the SLO; null without an SLO")
     saturated: bool | None = None
 
@@ -156,17 +157,24 @@ def confirm_failures(rows: Iterable[TrialRow]) -> set[str]:
         row.config_hash
         for row in rows
         if row.purpose == "confirm" and row.arm == "candidate" and row.state == "failed"
-        and row.failure_kind not in ("worker_lost", "port_in_use", "gpu_busy")
+        and row.failure_kind not in RETRIED
     }  # fmt: skip
 
 
 def find(rows: Sequence[TrialRow], experiment: Experiment) -> Finding:
     """Picks the winner by the search's own rows; configurations that failed a confirmation start are out."""
     objectives, out = experiment.objectives, confirm_failures(rows)
-    baseline = next((row for row in rows if row.purpose == "baseline" and row.state != "stopped"), None)
+    baseline = _baseline([row for row in rows if row.purpose == "baseline"])
     order = [row for row in ranked(rows, objectives[0]) if row.config_hash not in out]
     front = pareto_front([r for r in rows if r.config_hash not in out], objectives) if len(objectives) > 1 else []
     return Finding(baseline, order[0] if order else None, front)
+
+
+def _baseline(rows: Sequence[TrialRow]) -> TrialRow | None:
+    """The baseline's row: the first that measured something to be believed, else the last that was its own fault."""
+    good = [row for row in rows if row.state == "complete" and row.valid is not False]
+    own = [row for row in rows if row.state != "stopped" and row.failure_kind not in RETRIED]
+    return good[0] if good else own[-1] if own else None
 
 
 def recommend(
@@ -222,7 +230,7 @@ def confirmations(rows: Iterable[TrialRow], arm: str, config_hash: str) -> list[
         row
         for row in rows
         if row.purpose == "confirm" and row.arm == arm and row.config_hash == config_hash
-        and row.state in ("complete", "failed") and row.failure_kind not in ("worker_lost", "port_in_use", "gpu_busy")
+        and row.state in ("complete", "failed") and row.failure_kind not in RETRIED
     ]  # fmt: skip
 
 
@@ -239,7 +247,7 @@ def _arm(row: TrialRow | None, rows: Sequence[TrialRow], arm: str, objective: Ob
         search_value=value(row, objective),
         values=[v for s in good if (v := value(s, objective)) is not None],
         starts=len(starts),
-        failed_starts=len(starts) - len(good),
+        failed_starts=sum(start.state == "failed" for start in starts),
         slo_met_starts=sum(s.slo_met is True for s in good) if any(s.slo_met is not None for s in good) else None,
         saturated=row.saturated,
     )
@@ -288,7 +296,7 @@ def _one_side(gain: GainOut, *, better: bool) -> bool:
 
 
 def _deployed(verdict: Verdict, finding: Finding) -> TrialRow | None:
-    """What to deploy: an unproven winner does not displace a baseline that works."""
+    """What to deploy: a winner that fresh starts do not confirm does not displace a baseline that works."""
     keeps_baseline = finding.baseline is not None and usable(finding.baseline)
     if verdict in ("inconclusive", "baseline_best") and keeps_baseline:
         return finding.baseline
@@ -319,7 +327,7 @@ def _headline(
 
 def _why_unproven(winner: Arm) -> str:
     if winner.failed_starts:
-        return f"but {winner.failed_starts} of {winner.starts} fresh starts failed or were not valid"
+        return f"but {winner.failed_starts} of {winner.starts} fresh starts failed"
     return f"but the SLO was met in {winner.slo_met_starts} of {len(winner.values)} fresh starts"
 
 
@@ -346,6 +354,8 @@ def percent(gain: GainOut) -> str:
 
 
 def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Failure]:
+    """Why configurations are not the answer; what was lost and then measured is no failure of theirs."""
+    measured = {row.config_hash for row in rows if row.state == "complete"}
     return [
         Failure(
             number=row.number,
@@ -356,7 +366,7 @@ def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Fail
             rule=row.reason_rule,
         )
         for row in rows
-        if row.state in ("failed", "infeasible")
+        if row.state in ("failed", "infeasible") and not (row.failure_kind in RETRIED and row.config_hash in measured)
     ]
 
 
@@ -388,7 +398,9 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
     directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, str] = {}
     for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", finding.winner)):
+        path = directory / name
         if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
+            path.unlink(missing_ok=True)  # of an earlier answer
             continue
         config = ServingConfig(_deployed_model(experiment), experiment.revision, _flags(row))
         script = config.start_script(
@@ -396,7 +408,6 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
             comments=_script_comments(answer, row, experiment),
             env=experiment.server.env,
         )
-        path = directory / name
         path.write_text(script)
         path.chmod(0o755)
         paths[row.config_hash] = str(path)
@@ -465,7 +476,13 @@ def _arm_line(name: str, arm: Arm, metric: str) -> str:
     return text + f" (trial {arm.number})"
 
 
+def _last_line(detail: str | None) -> str:
+    """The end of a traceback is what it says."""
+    lines = [line.strip() for line in (detail or "").splitlines() if line.strip()]
+    return lines[-1] if lines else ""
+
+
 def _failure_line(failure: Failure) -> str:
     what = json.dumps(failure.flags) if failure.flags else "the baseline"
-    text = f"  trial {failure.number}, {what}: {failure.rule or failure.kind}: {failure.detail}"
+    text = f"  trial {failure.number}, {what}: {failure.rule or failure.kind}: {_last_line(failure.detail)}"
     return text + (f"\n    {failure.hint}" if failure.hint else "")

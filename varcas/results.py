@@ -49,7 +49,7 @@ class Results:
         if sort is None:
             return sorted(rows, key=lambda row: row.number)
         column = sort.removeprefix("-")
-        if column not in TrialRow.model_fields:
+        if column not in TrialRow.model_fields or column in ("flags", "constraints", "invalid_reasons"):
             raise InputError(f"--sort: {column!r}: no such column.{nearest(column, TrialRow.model_fields)}")
         present = [row for row in rows if getattr(row, column) is not None]
         absent = [row for row in rows if getattr(row, column) is None]
@@ -80,7 +80,7 @@ class Results:
         name = self._named(study)
         scripts = self.path / "studies" / name
         answer = recommend(self._store.rows(name), self.experiment(name))
-        file = "start_vllm.sh" if answer.verdict in ("baseline_best", "inconclusive") else "start_vllm_optimized.sh"
+        file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
 

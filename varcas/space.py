@@ -17,6 +17,7 @@ from varcas.errors import InputError, nearest
 from varcas.experiment import FLAG, OWN_FLAGS, Choices, Experiment, Range
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+PARALLEL_FLAGS = tuple(f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data"))
 MAX_CONDITIONS = 10**6
 """Combinations of values that conditions (`when`) may depend on: they are counted one by one."""
 
@@ -58,14 +59,7 @@ class ServingConfig:
         Raises:
             InputError: a parallel size that is no positive integer.
         """
-        sizes = (self._parallel(f"{kind}_parallel_size") for kind in ("tensor", "pipeline", "data"))
-        return math.prod(sizes)
-
-    def _parallel(self, flag: str) -> int:
-        size = self.flags.get(flag, 1)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise InputError(f"{flag}: {_text(size)}: must be an integer from 1, the number of GPUs it spreads over.")
-        return size
+        return math.prod(_gpus_of(flag, self.flags.get(flag, 1)) for flag in PARALLEL_FLAGS)
 
     def argv(self) -> list[str]:
         """Arguments of the server, sorted by flag; without host, port and API key."""
@@ -328,6 +322,7 @@ class Space:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         _check_enqueued(experiment)
+        _check_parallel_sizes(experiment)
         if not experiment.space and not experiment.study.enqueue:
             raise InputError("space: is empty: add flags to search, e.g. max_num_seqs: {choices: [8, 64, 256]}.")
         dimensions = {flag: _dimension(flag, entry) for flag, entry in experiment.space.items()}
@@ -545,6 +540,24 @@ def _holds(value: JsonValue, wanted: JsonValue) -> bool:
     if isinstance(value, dict) and isinstance(wanted, dict):
         return all(key in value and _holds(value[key], inner) for key, inner in wanted.items())
     return _same(value, wanted)
+
+
+def _check_parallel_sizes(experiment: Experiment) -> None:
+    """Raises InputError for a size that is no number of GPUs, before any is counted on."""
+    e = experiment
+    named = [e.serve, e.baseline, *e.study.enqueue]
+    for flag in PARALLEL_FLAGS:
+        entry = e.space.get(flag)
+        sizes = [flags[flag] for flags in named if flags.get(flag) is not None]
+        sizes += [choice for choice in entry.choices if choice is not None] if isinstance(entry, Choices) else []
+        for size in sizes:
+            _gpus_of(flag, size)
+
+
+def _gpus_of(flag: str, size: JsonValue) -> int:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"{flag}: {_text(size)}: must be an integer from 1, the number of GPUs it spreads over.")
+    return size
 
 
 def _check_enqueued(experiment: Experiment) -> None:

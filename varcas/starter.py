@@ -40,6 +40,7 @@ SM = {
     "B200": 100,
 }
 
+DEFAULT_LEN = 4096
 CANDIDATES = (
     Candidate("max_num_seqs", "[4, 8, 16, 32, 64, 128, 256]", "sequences decoded together: throughput against TPOT"),
     Candidate("max_num_batched_tokens", "[1024, 2048, 4096, 8192]", "tokens a step: TTFT against ITL", cpu=False),
@@ -87,6 +88,15 @@ def _installed_flags(model: str) -> tuple[set[str] | None, str | None]:
         node.close()
 
 
+def _model_len(model: str) -> int:
+    """What holds every chat of the short and medium profiles, or less where the model's own configuration says so."""
+    try:
+        config = json.loads((Path(model).expanduser() / "config.json").read_text())
+        return min(DEFAULT_LEN, int(config.get("max_position_embeddings") or DEFAULT_LEN))
+    except (OSError, ValueError, TypeError):  # a hub id: the hub is not asked before a sweep
+        return DEFAULT_LEN
+
+
 def _lines(
     model: str,
     rate_rps: float,
@@ -108,7 +118,7 @@ def _lines(
         yield "server:"
         yield '  env: {VLLM_CPU_KVCACHE_SPACE: "4"}   # GiB of RAM for the KV cache'
     yield "serve:                               # fixed flags, spelled as vLLM spells them"
-    yield "  max_model_len: 4096                # longest prompt + output; shorter leaves more KV cache"
+    yield f"  max_model_len: {_model_len(model)}                # longest prompt + output; shorter leaves more KV cache"
     if not on_cpu:
         yield "  gpu_memory_utilization: 0.90       # stated: its default changed between vLLM versions"
     if not on_cpu and sm < 80:

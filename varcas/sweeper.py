@@ -9,30 +9,35 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from varcas.engine.failures import HINTS, RETRIED
-from varcas.engine.node import Node, NodeFacts, check_local_model
+from varcas.engine.node import Checked, Node, NodeFacts, check_local_model
 from varcas.errors import InputError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
-from varcas.pool import Finished, Pool, in_ray_job
+from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, find, recommend, write_scripts
 from varcas.space import ServingConfig, Space
 from varcas.store import Store
 from varcas.study import Proposal, Study, open_study
 from varcas.trial import TrialTask, run_trial
+from varcas.workload.chat import check_workload
 
 POLL_S = 0.25
+ANSWER_S = 300.0
+"""For vLLM's word on a configuration: its import on a cold, slow disk included."""
+LEAVE_S = 2.5
+"""For running trials to end when asked: Ray kills a stopped job 3 s after its SIGTERM."""
 MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
 GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 """Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
-MIN_STARTS = 3
-"""Fresh starts an arm below which the answer is "inconclusive" (DESIGN.md, 'Metrics')."""
+STOP_S = 3.0
+"""Of a server, its load and the wait for its memory, as measured; for the plan."""
 
 Run = Callable[[TrialTask, threading.Event], Outcome]
 
@@ -56,7 +61,7 @@ class Plan:
         """Upper estimate of what is left, in wall seconds."""
         starts = max(0, self.search_starts - self.search_done) + self.confirm_starts
         estimate = starts * (self.start_s + self.load_s) / self.width
-        return min(estimate, self.budget_s) if self.budget_s else estimate
+        return estimate if self.budget_s is None else min(estimate, self.budget_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,9 @@ class Job:
     proposal: Proposal
     number: int
     purpose: Purpose
+    checked: Checked
     arm: str | None = None
     attempt: int = 0
-    submitted_s: float = field(default_factory=time.monotonic)
 
     @property
     def key(self) -> str:
@@ -116,6 +121,7 @@ def sweep(
     space = Space(experiment)
     check_paths(experiment)
     check_local_model(experiment.model)
+    check_workload(experiment.workload, experiment.serve)
     with Store(experiment.results) as store, Pool(experiment.hardware, address, **ray_options) as pool:
         stop = stopping or threading.Event()
         sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
@@ -163,17 +169,16 @@ class Sweeper:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
         self._make_node = node
         self._emit, self._stopping, self._run = on_event, stopping, run
-        self._deadline_s = time.monotonic() + budget_s if budget_s else None
+        self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
         self._budget_s = budget_s
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
         self._held: Job | None = None
         self.ended: str | None = None
 
     def __enter__(self) -> Sweeper:
         """Asks the node what it has, checks the experiment against it, and opens the study."""
-        experiment = self.experiment
         self._note("asking vLLM on the node for its flags and its word on the configurations")
-        self._node = self.pool.service(self._make_node, experiment.server, experiment.model, experiment.revision)
+        self._node = self._placed_node()
         try:
             self._open()
         except BaseException:
@@ -182,19 +187,20 @@ class Sweeper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.cancel()
-        deadline_s = time.monotonic() + 2.5
-        while self.pool.busy and time.monotonic() < deadline_s:
-            self._collect()
-        self.pool.dismiss(self._node)
-        self.study.close()
+        try:
+            self.pool.cancel()
+            deadline_s = time.monotonic() + LEAVE_S
+            while self.pool.busy and time.monotonic() < deadline_s:
+                self._collect()
+        finally:
+            self.pool.dismiss(self._node)
+            self.study.close()
 
     def _open(self) -> None:
-        experiment, node = self.experiment, self._node
+        experiment = self.experiment
         timeout_s = experiment.server.download_timeout_s + 60
-        self.facts: NodeFacts = self.pool.call(node, "facts", timeout_s=timeout_s)
-        known = self.pool.call(node, "flag_names", timeout_s=300.0)
-        self.space.check_names(known)
+        self.facts: NodeFacts = self._ask("facts", timeout_s=timeout_s)
+        self.space.check_names(self._ask("flag_names"))
         self._check_baseline()
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
@@ -209,11 +215,13 @@ class Sweeper:
             InputError: in vLLM's words, with the flag's place in the file.
         """
         e = self.experiment
-        checked = self.pool.call(self._node, "check", self.space.config(e.baseline).argv(), timeout_s=300.0)
+        checked = self._check(self.space.config(e.baseline))
         if checked.ok:
             return
+        if checked.stage == "endpoint":
+            raise InputError(f"{e.place('workload', 'endpoint')}: {e.workload.endpoint}: {checked.error}")
         section = "serve" if checked.flag in e.serve and checked.flag not in e.baseline else "baseline"
-        given = {**e.serve, **e.baseline}.get(checked.flag)
+        given = {**e.serve, **e.baseline}.get(checked.flag or "")
         value = f" {json.dumps(given)}:" if given is not None else ""
         place = e.place(section, *([checked.flag] if checked.flag else []))
         raise InputError(
@@ -283,25 +291,28 @@ class Sweeper:
             proposal = self.study.propose()
             if proposal is None:
                 return None
-            if self._answer_without_start(proposal):
+            checked = self._check(proposal.config)
+            if self._answer_without_start(proposal, checked):
                 continue
-            job = Job(proposal, self._number(), proposal.purpose, attempt=self._attempts(proposal.config))
+            attempt = self._attempts(proposal.config)
+            job = Job(proposal, self._number(), proposal.purpose, checked, attempt=attempt)
         if self.pool.has_room(job.proposal.config.num_gpus):
             return job
         self._held = job
         return None
 
-    def _answer_without_start(self, proposal: Proposal) -> bool:
-        """Records what needs no GPU: a configuration that vLLM refuses, or that needs more GPUs than there are."""
-        config = proposal.config
-        refused, rule = self._refusal(config), "vllm_refuses"
-        if not refused and self.pool.slots.on_gpu and config.num_gpus > self.pool.slots.num_gpus:
-            refused = f"needs {config.num_gpus} GPUs, the experiment may use {self.pool.slots.num_gpus}"
+    def _answer_without_start(self, proposal: Proposal, checked: Checked) -> bool:
+        """Records what needs no GPU: a configuration that vLLM refuses, or that needs more GPUs than a node has."""
+        config, slots = proposal.config, self.pool.slots
+        refused, rule = (None if checked.ok else checked.error), "vllm_refuses"
+        most = min(slots.num_gpus, slots.gpus_per_node)
+        if not refused and slots.on_gpu and config.num_gpus > most:
+            refused = f"needs {config.num_gpus} GPUs on one node, the experiment may use {most}"
             rule = "needs_more_gpus"
         if not refused:
             return False
         row = self._row(
-            Job(proposal, self._number(), proposal.purpose),
+            Job(proposal, self._number(), proposal.purpose, checked),
             state="infeasible",
             failure_kind="unsupported_by_engine",
             failure_detail=refused,
@@ -311,22 +322,34 @@ class Sweeper:
         self._record(row, proposal)
         return True
 
-    def _refusal(self, config: ServingConfig) -> str | None:
-        """What vLLM itself says against a configuration, before a GPU is touched."""
-        checked = self.pool.call(self._node, "check", config.argv(), timeout_s=300.0)
-        self._resolved = checked.resolved
-        return None if checked.ok else str(checked.error)
+    def _check(self, config: ServingConfig) -> Checked:
+        """Asks for vLLM's own word on a configuration, before a GPU is touched."""
+        checked: Checked = self._ask("check", config.argv(), self.experiment.workload.endpoint)
+        return checked
+
+    def _ask(self, method: str, *args: Any, timeout_s: float = ANSWER_S) -> Any:
+        """Asks the node; one that died with its worker is replaced, once."""
+        try:
+            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
+        except LostServiceError:
+            self._node = self._placed_node()
+            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
+
+    def _placed_node(self) -> Any:
+        e = self.experiment
+        return self.pool.service(self._make_node, e.server, e.model, e.revision)
 
     def _start(self, job: Job) -> None:
         task = TrialTask(
             label=f"{job.number:05d}-{job.arm or job.purpose}",
             experiment=self.experiment,
             config=job.proposal.config,
-            resolved=self._resolved or {},
+            resolved=job.checked.resolved,
+            endpoint=job.checked.endpoint,
             log_dir=str(self._log_dir()),
             num_gpus=job.proposal.config.num_gpus if self.pool.slots.on_gpu else 0,
         )
-        self._jobs[job.key] = job
+        self._jobs[job.key] = (job, time.monotonic())
         self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
         self.pool.prepare()
         self._emit(Event("start", text=_described(job)))
@@ -334,8 +357,8 @@ class Sweeper:
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
-            job = self._jobs.pop(finished.key)
-            row, outcome = self._measured_row(job, finished)
+            job, submitted_s = self._jobs.pop(finished.key)
+            row, outcome = self._measured_row(job, finished, time.monotonic() - submitted_s)
             self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
@@ -377,9 +400,10 @@ class Sweeper:
                 raise KeyboardInterrupt
             while queue and not self._out_of_time(reserve=False) and self.pool.has_room(queue[0][1].gpu_count or 1):
                 self._start(self._confirm_job(*queue.pop(0)))
-            if queue and self._out_of_time(reserve=False):
-                self.ended, queue = "time budget spent", []
             self._collect()
+            if not self.pool.busy and self._out_of_time(reserve=False):
+                self.ended = self.ended or "time budget spent"
+                return False
             best = find(self._rows, self.experiment).winner
             if best is None or best.config_hash != winner.config_hash:
                 return best is not None
@@ -415,11 +439,10 @@ class Sweeper:
     def _confirm_job(self, arm: str, row: TrialRow) -> Job:
         flags = json.loads(row.config_json)
         config = ServingConfig(self.experiment.model, self.experiment.revision, flags)
-        self._refusal(config)  # answered from memory: gives the resolved settings
         proposal = Proposal(
             number=row.number, params=json.loads(row.params_json), flags=flags, config=config, purpose="confirm"
         )
-        return Job(proposal, self._number(), "confirm", arm, self._attempts(config))
+        return Job(proposal, self._number(), "confirm", self._check(config), arm, self._attempts(config))
 
     # answer
 
@@ -446,7 +469,7 @@ class Sweeper:
             search_done=done,
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=workload.warmup_s + workload.duration_s,
+            load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
         )
@@ -466,7 +489,8 @@ class Sweeper:
         return number
 
     def _attempts(self, config: ServingConfig) -> int:
-        return sum(row.config_hash == config.hash for row in self._rows)
+        running = sum(job.proposal.config.hash == config.hash for job, _ in self._jobs.values())
+        return sum(row.config_hash == config.hash for row in self._rows) + running
 
     def _log_dir(self) -> Path:
         return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
@@ -493,7 +517,7 @@ class Sweeper:
         parts = f"{self._trial_key(job.proposal.config)}:{self.experiment.name}:{job.purpose}:{job.attempt}"
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    def _measured_row(self, job: Job, finished: Finished) -> tuple[TrialRow, Outcome | None]:
+    def _measured_row(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
         """A trial's row from its outcome, or from the loss of its worker."""
         if finished.lost is not None:
             kind = "worker_lost"
@@ -503,7 +527,6 @@ class Sweeper:
             return row, None
         outcome: Outcome = finished.result
         columns = outcome_columns(outcome, self.experiment)
-        wall_s = time.monotonic() - job.submitted_s
         columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
         return self._row(job, **columns), outcome
 
@@ -524,7 +547,7 @@ class Sweeper:
             "flags": {name: json.dumps(flag, sort_keys=True) for name, flag in config.flags.items()},
             "command": config.command(e.server.python or "python3"),
             "env_json": json.dumps(dict(e.server.env), sort_keys=True),
-            "resolved_json": json.dumps(self._resolved, sort_keys=True) if self._resolved else None,
+            "resolved_json": json.dumps(job.checked.resolved, sort_keys=True) if job.checked.resolved else None,
             "model": e.model,
             "model_revision": self.facts.model_revision,
             "engine": e.engine,
@@ -566,7 +589,7 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         "stop_s": times.stop_s,
         "log_path": outcome.log_path,
     }
-    if outcome.load is not None:
+    if outcome.load is not None and outcome.load.duration_s > 0:
         columns |= summarise(outcome.load, experiment.slo, outcome.samples)
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)

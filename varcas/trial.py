@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
+import functools
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from typing import Any
 from varcas import hardware, telemetry
 from varcas.engine.node import Node, cache_dir
 from varcas.engine.vllm import HOST, VllmServer
-from varcas.errors import TrialError, VarcasError
+from varcas.errors import InputError, TrialError, VarcasError
 from varcas.experiment import Experiment
 from varcas.records import LoadResult, Outcome, RequestRecord, Sample, ServerFacts, StageTimes, State
 from varcas.space import ServingConfig
 from varcas.workload.chat import decide_endpoint, schedule
-from varcas.workload.driver import Load
+from varcas.workload.driver import Load, StalledError
 from varcas.workload.prompts import fit_prompts
 from varcas.workload.wire import Endpoint, Target
 
@@ -42,6 +43,7 @@ class TrialTask:
         experiment: as loaded.
         config: what to start.
         resolved: vLLM's settings for it, as the validator gave them.
+        endpoint: chat or completions, as the validator decided; None: decided from the model's files.
         log_dir: where the server's log goes.
         num_gpus: GPUs reserved for it; 0 on a CPU.
     """
@@ -50,6 +52,7 @@ class TrialTask:
     experiment: Experiment
     config: ServingConfig
     resolved: Mapping[str, Any]
+    endpoint: Endpoint | None
     log_dir: str
     num_gpus: int
 
@@ -74,6 +77,9 @@ class _Trial:
         self._log_dir = Path(task.log_dir)
         self._log_dir.mkdir(parents=True, exist_ok=True)
         self._log = self._log_dir / f"{task.label}.log"
+        self._load_log = self._log_dir / f"{task.label}.load.log"
+        for log in (self._log, self._load_log):  # of a start that died with its driver: not to be read as this one's
+            log.unlink(missing_ok=True)
         self._spent_s: dict[str, float] = collections.defaultdict(float)
         self._facts = ServerFacts()
         self._load: LoadResult | None = None
@@ -112,7 +118,8 @@ class _Trial:
         with self._stage("fetch"):
             fetched = Node(experiment.server, experiment.model, experiment.revision).fetch()
         telemetry.require_idle(self._gpus)
-        endpoint = decide_endpoint(experiment.workload.endpoint, Path(fetched.path), task.config.flags)
+        asked = task.endpoint or experiment.workload.endpoint
+        endpoint = decide_endpoint(asked, Path(fetched.path), task.config.flags)
         with tempfile.TemporaryDirectory(prefix="varcas-load-") as work, contextlib.ExitStack() as running:
             with self._stage("server_start"):
                 server = VllmServer.start(
@@ -133,7 +140,7 @@ class _Trial:
 
     def _start_load(self, work_dir: Path) -> Load:
         """Starts Locust early: its imports run while the server starts."""
-        return Load.start(self._log_dir / f"{self._task.label}.load.log", work_dir)
+        return Load.start(self._load_log, work_dir)
 
     def _load_server(self, server: VllmServer, load: Load, endpoint: Endpoint) -> None:
         workload = self._experiment.workload
@@ -141,18 +148,25 @@ class _Trial:
             with self._stage("warmup"):
                 self._run_load(server, load, endpoint, "warmup", workload.warmup_s, WARMUP_DRAIN_S)
                 self._wait_idle(server)
+        began_s = time.monotonic()
         with telemetry.Sampler(server.url, self._gpus) as sampler:
-            began_s = time.monotonic()
-            result = self._run_load(server, load, endpoint, "measure", workload.duration_s, workload.max_drain_s)
-            sampler.stop()
-            self._load = result
-            self._samples = sampler.samples(result.t0_monotonic_s)
-        self._spent_s["warmup"] += max(0.0, result.t0_monotonic_s - began_s)  # fitting prompts, building requests
-        self._spent_s["load"], self._spent_s["drain"] = result.duration_s, result.drain_s
+            try:
+                result = self._run_load(server, load, endpoint, "measure", workload.duration_s, workload.max_drain_s)
+            finally:
+                sampler.stop()
+                self._book_load(sampler, began_s)
         if not result.records:
             raise TrialError("all_requests_failed", f"no request came due in {workload.duration_s:g} s: lengthen it")
         if all(record.error not in (None, "unfinished") for record in result.records):
             raise TrialError("all_requests_failed", _commonest_error(result.records))
+
+    def _book_load(self, sampler: telemetry.Sampler, began_s: float) -> None:
+        """Keeps samples and times of a load, also of one that was cut short."""
+        if self._load is None:
+            return
+        self._samples = sampler.samples(self._load.t0_monotonic_s)
+        self._spent_s["warmup"] += max(0.0, self._load.t0_monotonic_s - began_s)  # fitting and building requests
+        self._spent_s["load"], self._spent_s["drain"] = self._load.duration_s, self._load.drain_s
 
     def _run_load(
         self, server: VllmServer, load: Load, endpoint: Endpoint, stream: str, duration_s: float, max_drain_s: float
@@ -162,7 +176,8 @@ class _Trial:
         target = Target(HOST, server.port, server.model_id, server.api_key)
         requests = schedule(workload, start_s=0.0, duration_s=duration_s, max_len=self._max_model_len(), stream=stream)
         fitted = fit_prompts(target, requests, endpoint=endpoint, cache_dir=cache_dir() / "prompts")
-        result = load.run(
+        run = functools.partial(
+            load.run,
             target,
             fitted,
             duration_s=duration_s,
@@ -174,12 +189,22 @@ class _Trial:
             cancelled=self._cancelled,
             alive=server.alive,
         )
+        result = self._kept(run) if stream == "measure" else run()
         if self._cancelled.is_set():
-            self._load = result if stream == "measure" else None
             raise TrialError("interrupted", f"asked to stop during the {stream} load")
         if not server.alive():
-            self._load = result if stream == "measure" else None
             raise server.failure("load")
+        return result
+
+    def _kept(self, run: Callable[[], LoadResult]) -> LoadResult:
+        """Runs a load and keeps what it measured, however it ended."""
+        try:
+            result = run()
+        except StalledError as stalled:
+            self._load = stalled.load
+            raise
+        if result.duration_s > 0:  # else it was stopped before its window
+            self._load = result
         return result
 
     def _wait_idle(self, server: VllmServer) -> None:
@@ -236,6 +261,8 @@ def _ours_as_trial_error(server: VllmServer) -> Iterator[None]:
     """A load that could not be run: the dead server's fault, or the worker's, which is retried."""
     try:
         yield
+    except InputError as error:  # no request fits this configuration: its own fault
+        raise TrialError("unsupported_by_engine", str(error)) from error
     except VarcasError as error:
         if not server.alive():
             raise server.failure("load") from error

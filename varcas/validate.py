@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from varcas.engine.node import Node, check_local_model
 from varcas.experiment import Experiment
 from varcas.space import Space
+from varcas.workload.chat import check_workload
 
 CHECKED_AT_MOST = 200
 """Configurations of the space that are put to vLLM; a further one costs 3 ms, but a large space has millions."""
@@ -43,6 +44,7 @@ def validate(experiment: Experiment) -> Validated:
     """
     space = Space(experiment)
     check_local_model(experiment.model)
+    check_workload(experiment.workload, experiment.serve)
     node = Node(experiment.server, experiment.model, experiment.revision)
     try:
         return _asked(experiment, space, node)
@@ -64,9 +66,9 @@ def _asked(experiment: Experiment, space: Space, node: Node) -> Validated:
     facts = node.facts()
     known = node.flag_names()
     space.check_names(known)
-    baseline = node.check(space.config(experiment.baseline).argv())
+    baseline = node.check(space.config(experiment.baseline).argv(), experiment.workload.endpoint)
     configs = list(itertools.islice(space.configs(), CHECKED_AT_MOST)) if space.size() is not None else []
-    answers = [(config, node.check(config.argv())) for config in configs]
+    answers = [(config, node.check(config.argv(), experiment.workload.endpoint)) for config in configs]
     return Validated(
         experiment=experiment.name,
         engine_version=facts.engine_version,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from varcas import hardware
 from varcas.engine.failures import HINTS
@@ -113,10 +114,10 @@ class Node:
         """Flags of `vllm serve` of the version here."""
         return list(self._validator.flags())
 
-    def check(self, argv: Sequence[str]) -> Checked:
-        """VLLM's word on a configuration (`ServingConfig.argv()`), with the model as it lies on this node."""
+    def check(self, argv: Sequence[str], endpoint: Literal["auto", "chat", "completions"] = "auto") -> Checked:
+        """Asks for vLLM's word on a configuration (`ServingConfig.argv()`), with the model as it lies on this node."""
         here = ["--model", self.fetch().path, *without(argv, "--model", "--revision")]
-        return self._validator.check(here)
+        return self._validator.check(here, endpoint)
 
     def close(self) -> None:
         """Ends the child that asks vLLM."""

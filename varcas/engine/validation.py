@@ -70,7 +70,7 @@ class Checked:
 
     ok: bool
     resolved: Mapping[str, Any] = field(default_factory=dict)
-    endpoint: str | None = None
+    endpoint: Literal["chat", "completions"] | None = None
     error: str | None = None
     flag: str | None = None
     stage: str | None = None

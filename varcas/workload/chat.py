@@ -140,6 +140,16 @@ def profile_named(name: str) -> Profile:
     return PROFILES[name]
 
 
+def check_workload(workload: Workload, serve_flags: Mapping[str, object]) -> None:
+    """Checks what can be checked before a server starts.
+
+    Raises:
+        InputError: the profile is unknown, or no request fits the server's `max_model_len`.
+    """
+    length = serve_flags.get("max_model_len")
+    _limit(profile_named(workload.profile), workload.max_tokens, length if isinstance(length, int) else None)
+
+
 def schedule(
     workload: Workload, *, start_s: float, duration_s: float, max_len: int | None, stream: str
 ) -> tuple[ScheduledRequest, ...]:

@@ -40,6 +40,14 @@ RECORD_FIELDS = tuple(
 """What the child writes of each record, before the number of its token events."""
 
 
+class StalledError(TrialError):
+    """The server hangs: no token came though requests were in flight. `load` is what was measured until then."""
+
+    def __init__(self, detail: str, load: LoadResult) -> None:
+        super().__init__("hung", detail)
+        self.load = load
+
+
 class Load:
     """A Locust process that loads one server, one measurement after the other.
 
@@ -104,7 +112,7 @@ class Load:
             One record a request. A load that ended early has the window it came to in `duration_s`.
 
         Raises:
-            TrialError: `hung`: no token came for `stall_timeout_s`.
+            StalledError: `hung`: no token came for `stall_timeout_s`.
             VarcasError: the child failed, or did not keep its time.
         """
         is_cancelled = cancelled.is_set if isinstance(cancelled, threading.Event) else cancelled
@@ -129,7 +137,10 @@ class Load:
             early_s = max(0.0, -min((request.at_s for request, _ in requests), default=0.0))
             deadline_s = time.monotonic() + PREPARE_TIMEOUT_S + early_s + duration_s + max_drain_s + MARGIN_S
             done = self._watch(name, deadline_s, stall_timeout_s, is_cancelled, alive)
-            return _read_result(result, done)
+            load = _read_result(result, done)
+            if done["stalled"]:
+                raise StalledError(f"no token for {stall_timeout_s:g} s with requests in flight", load)
+            return load
         finally:
             plan.unlink(missing_ok=True)
             result.unlink(missing_ok=True)
@@ -169,9 +180,7 @@ class Load:
                 case {"run": other} if other != name:  # the end of a run that was given up
                     continue
                 case {"event": "done", **done}:
-                    if stalled:
-                        raise TrialError("hung", f"no token for {stall_timeout_s:g} s with requests in flight")
-                    return done
+                    return {**done, "stalled": stalled}
                 case {"event": "progress", "quiet_s": quiet_s} if not stopping and quiet_s > stall_timeout_s:
                     stalled = stopping = self._stop(0.0)
             if not stopping and (cancelled() or not alive()):
