@@ -24,7 +24,7 @@ RAY_ENV = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # an actor without GPUs (validation) still sees which there are
 }
 LOCAL_ENV = {"RAY_AUTH_MODE": "token"}
-"""For a Ray of our own; a cluster that is joined says itself how it authenticates."""
+"""For a Ray of our own, which reads it when it is imported; a cluster that is joined has its own way."""
 OBJECT_STORE_BYTES = 256 * 2**20
 STAND_BY_S = 3600
 POLL_S = 0.25
@@ -92,7 +92,8 @@ class Pool:
     """
 
     def __init__(self, hardware: Hardware, address: str | None = None, **ray_options: Any) -> None:
-        os.environ.update({key: value for key, value in RAY_ENV.items() if key not in os.environ})
+        env = RAY_ENV if address or in_ray_job() else RAY_ENV | LOCAL_ENV
+        os.environ.update({key: value for key, value in env.items() if key not in os.environ})
         import ray as untyped  # here, so that `varcas --help` does not wait for it
 
         ray: Any = untyped
@@ -265,7 +266,6 @@ def _connect(ray: Any, address: str | None, options: Mapping[str, Any]) -> None:
                 "Start one with `ray start --head` or `ray up cluster.yaml`, or leave --address out for a local Ray."
             ) from error
         return
-    os.environ.update({key: value for key, value in LOCAL_ENV.items() if key not in os.environ})
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     ray.init(address="local", **quiet, **(local | dict(options)))
 

@@ -1,0 +1,64 @@
+"""Trials that need no server, for tests of the sweeper on a real Ray; top-level, so that Ray pickles them."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+
+from varcas.engine.node import Checked, NodeFacts
+from varcas.errors import TrialError, VarcasError
+from varcas.experiment import Server
+from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
+from varcas.trial import TrialTask
+
+
+class EasyNode:
+    """A node whose vLLM takes everything but `max_num_seqs: 3`."""
+
+    def __init__(self, server: Server, model: str, revision: str | None) -> None:
+        self.server = server
+
+    def facts(self) -> NodeFacts:
+        if self.server.env.get("BROKEN"):
+            raise VarcasError("model: model_download: no network. Fix: check it.")
+        return NodeFacts("1.0", "", "r", None, None)
+
+    def flag_names(self) -> list[str]:
+        return ["max_num_seqs", "tensor_parallel_size"]
+
+    def check(self, argv: list[str], endpoint: str) -> Checked:
+        if argv[-2:] == ["--max-num-seqs", "3"]:
+            return Checked(ok=False, error="3 is odd", flag="max_num_seqs", stage="config")
+        return Checked(ok=True, resolved={"argv": argv}, endpoint="chat")
+
+    def close(self) -> None:
+        pass
+
+
+def outcome(tokens_per_s: int, **columns: object) -> Outcome:
+    count = tokens_per_s * 2
+    offsets = tuple(0.001 + 1.9 * i / count for i in range(count))
+    record = RequestRecord(0, 0.0, 0.0, offsets[0], offsets[-1], offsets[-1], 5, count, 5, count, offsets, (1,) * count,
+                           "length", None, 200, 0, 0)  # fmt: skip
+    load = LoadResult((record,), 0.0, 2.0, 0.0, 0.1)
+    fixed: dict[str, object] = {"state": "complete", "load": load}
+    return Outcome(
+        started_at=datetime.datetime.now(datetime.UTC), host=HostFacts("h"), times=StageTimes(), **fixed | columns
+    )  # type: ignore[arg-type]
+
+
+def by_seqs(task: TrialTask, cancelled: threading.Event) -> Outcome:
+    """Throughput grows with `max_num_seqs`; 16 does not start."""
+    time.sleep(0.2)
+    seqs = int(str(task.config.flags.get("max_num_seqs", 1)))
+    if seqs == 16:
+        return outcome(1, state="failed", load=None, failure_kind="out_of_memory", failure_detail="CUDA out of memory")
+    return outcome(100 + 10 * seqs)
+
+
+def ends_before_its_window(task: TrialTask, cancelled: threading.Event) -> Outcome:
+    """A server that dies between warm-up and window."""
+    empty = LoadResult((), 0.0, 0.0, 0.0, 0.0)
+    error = TrialError("crashed_under_load", "gone")
+    return outcome(1, state="failed", load=empty, failure_kind=error.kind, failure_detail=error.detail)

@@ -1,0 +1,111 @@
+"""The driver on a real Ray and a real store, with trials that need no server."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import sweep_work
+from varcas.errors import InputError, VarcasError
+from varcas.experiment import Experiment, parse_experiment
+from varcas.results import Results
+from varcas.sweeper import Event, sweep
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+
+def experiment(tmp_path: Path, extra: str = "", study: str = "{trials: 9, repeats: 3}") -> Experiment:
+    model = tmp_path / "model"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text("{}")
+    text = (
+        f"name: t\nmodel: {model}\nworkload: {{profile: chat-short, rate_rps: 1, duration_s: 2}}\n"
+        f"study: {study}\nresults: {tmp_path / 'results'}\n{extra}"
+    )
+    return parse_experiment(text)
+
+
+SPACE = "space: {max_num_seqs: {choices: [2, 3, 4, 16]}}\n"
+TWO_GPUS = "hardware: {count: 2}\n"
+
+
+def run(of: Experiment, **options: Any) -> Any:
+    fixed = {"run": sweep_work.by_seqs, "node": sweep_work.EasyNode, "num_gpus": 2, "num_cpus": 4}
+    return sweep(of, **fixed | options)
+
+
+def test_two_gpus_confirm_side_by_side(tmp_path: Path) -> None:
+    answer = run(experiment(tmp_path, SPACE + TWO_GPUS))
+    assert answer.verdict == "better"
+    assert answer.deploy == {"max_num_seqs": 4}
+    assert answer.winner.values == [140.0] * 3
+    rows = Results(tmp_path / "results").trials()
+    assert len({row.trial_id for row in rows}) == len(rows)
+    assert {row.number for row in rows} == set(range(len(rows)))
+    kinds = {
+        row.params_json: (row.state, row.reason_rule or row.failure_kind) for row in rows if row.purpose == "search"
+    }
+    assert kinds['{"max_num_seqs": 3}'] == ("infeasible", "vllm_refuses")
+    assert kinds['{"max_num_seqs": 16}'] == ("failed", "out_of_memory")
+    for row in rows:
+        if row.resolved_json:
+            assert f'"--max-num-seqs", "{row.flags.get("max_num_seqs")}"' in row.resolved_json or not row.flags
+
+
+def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tmp_path: Path) -> None:
+    space = "space: {tensor_parallel_size: {choices: [1, 2, 4]}}\n"
+    answer = run(experiment(tmp_path, space + TWO_GPUS, "{trials: 9, repeats: 0}"))
+    rows = {row.params_json: row for row in Results(tmp_path / "results").trials() if row.purpose == "search"}
+    assert rows['{"tensor_parallel_size": 2}'].gpu_count == 2
+    assert rows['{"tensor_parallel_size": 4}'].reason_rule == "needs_more_gpus"
+    assert answer.counts["infeasible"] == 1
+
+
+def test_a_budget_ends_a_sweep_in_its_confirmation_too(tmp_path: Path) -> None:
+    run(experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}"))
+    began_s = time.monotonic()
+    answer = run(experiment(tmp_path, SPACE), budget_s=1.0)
+    assert time.monotonic() - began_s < 60
+    assert answer.verdict == "unconfirmed"
+    assert "budget" in answer.ended
+
+
+def test_a_load_that_ended_before_its_window_is_a_row_without_metrics(tmp_path: Path) -> None:
+    answer = run(experiment(tmp_path, SPACE, "{trials: 1, repeats: 0}"), run=sweep_work.ends_before_its_window)
+    assert answer.verdict == "no_answer"
+    row = Results(tmp_path / "results").trials()[0]
+    assert (row.state, row.failure_kind, row.output_tokens_per_s) == ("failed", "crashed_under_load", None)
+
+
+def test_what_a_node_raises_reaches_the_user_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(VarcasError) as caught:
+        run(experiment(tmp_path, SPACE + "server: {env: {BROKEN: '1'}}\n"))
+    assert str(caught.value) == "model: model_download: no network. Fix: check it."
+
+
+def test_a_profile_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    of = experiment(tmp_path, SPACE)
+    of = of.model_copy(update={"workload": of.workload.model_copy(update={"profile": "chat-medum"})})
+    with pytest.raises(InputError, match="Did you mean chat-medium"):
+        run(of)
+    assert not (tmp_path / "results").exists()
+
+
+def test_stopping_keeps_what_is_measured_and_says_interrupted(tmp_path: Path) -> None:
+    stopping, seen = threading.Event(), []
+
+    def on_event(event: Event) -> None:
+        if event.row:
+            seen.append(event.row)
+            stopping.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment(tmp_path, SPACE), on_event=on_event, stopping=stopping)
+    kept = Results(tmp_path / "results").trials()
+    assert [row.trial_id for row in kept][: len(seen)] == [row.trial_id for row in seen]
+    assert run(experiment(tmp_path, SPACE)).verdict == "better"
+    assert {row.trial_id for row in kept} <= {row.trial_id for row in Results(tmp_path / "results").trials()}
