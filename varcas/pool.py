@@ -7,10 +7,11 @@ An actor is never restarted (`max_restarts=0`): its server may have died for a r
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -101,7 +102,8 @@ class Pool:
         self._owns_ray = not ray.is_initialized()
         self._is_local = self._owns_ray and not address and not in_ray_job()
         if self._owns_ray:
-            _connect(ray, address, ray_options)
+            with _own_sigterm():
+                _connect(ray, address, ray_options)
         try:
             self.slots = _slots(hardware, ray.cluster_resources(), ray.nodes())
         except InputError:
@@ -143,6 +145,7 @@ class Pool:
 
     def finished(self, timeout_s: float = 1.0) -> list[Finished]:
         """Waits up to `timeout_s` for the next pieces of work to end."""
+        self._require_ray()
         if not self._running:
             return []
         done, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout_s)
@@ -166,6 +169,7 @@ class Pool:
         answer = service.call.remote(method, args)
         ends_s = time.monotonic() + timeout_s
         while not self._ray.wait([answer], timeout=POLL_S)[0]:
+            self._require_ray()
             if stopping is not None and stopping.is_set():
                 raise KeyboardInterrupt
             if time.monotonic() > ends_s:
@@ -200,6 +204,16 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _require_ray(self) -> None:
+        """Raises VarcasError when a Ray of our own has lost a process: it would let us wait for ever."""
+        if not self._is_local:
+            return
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        if node is not None and not node.remaining_processes_alive():
+            raise VarcasError("the local Ray died: everything measured is kept; run the same command again")
 
     def _reservation(self, num_gpus: int) -> dict[str, Any]:
         if not self.slots.on_gpu:
@@ -253,6 +267,15 @@ def _prestart(ray: Any) -> None:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:500] or type(error).__name__
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps who handles SIGTERM: `ray.init` puts a handler in its place that exits at once, mid-trial."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _connect(ray: Any, address: str | None, options: Mapping[str, Any]) -> None:

@@ -17,6 +17,11 @@ SERVER = "--itl-ms 2 --ttft-ms 5 --grandchild"
 LONG = {"profile": "chat-short", "rate_rps": 5, "duration_s": 60, "warmup_s": 0.2, "max_drain_s": 5}
 
 
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def driver(run: Run) -> int:
     return run.process.pid
 
@@ -41,7 +46,7 @@ def start(tmp_path: Path, model_dir: Path) -> Iterator[Callable[..., tuple[Run, 
         command = run.wait_for(lambda: [line for line in run.marked("scripted_openai").values() if "--port" in line])[0]
         port = int(command.split("--port ")[1].split()[0])
         run.wait_for(lambda: shared_memory() - before)
-        run.wait_for(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
+        run.wait_for(lambda: listening(port))
         return run, before, port
 
     yield started
@@ -59,7 +64,7 @@ def test_kill_9(start: Callable[..., tuple[Run, set[str], int]], victim: Callabl
     run, before, port = start(fake)
     os.kill(victim(run), signal.SIGKILL)
     assert left_after(run, before, 30 if victim is raylet else 10) == ({}, set())
-    assert socket.socket().connect_ex(("127.0.0.1", port)) != 0
+    assert not listening(port)
     run.process.wait(5)
 
 
@@ -70,7 +75,7 @@ def test_kill_9_of_the_actor_is_a_lost_worker_and_the_sweep_goes_on(
     servers = set(run.marked("scripted_openai"))
     os.kill(actor(run), signal.SIGKILL)
     run.wait_for(lambda: not servers & set(run.marked("scripted_openai")), timeout_s=10)
-    assert socket.socket().connect_ex(("127.0.0.1", port)) != 0
+    assert not listening(port)
     run.wait_for(lambda: set(run.marked("scripted_openai")) - servers)  # the retry
     os.killpg(run.process.pid, signal.SIGINT)
     code, _, err = run.finish(30)
@@ -92,7 +97,7 @@ def test_asked_to_stop(start: Callable[..., tuple[Run, set[str], int]], number: 
     assert "Resume with" in err
     assert "Traceback" not in err
     assert left_after(run, before) == ({}, set())
-    assert socket.socket().connect_ex(("127.0.0.1", port)) != 0
+    assert not listening(port)
 
 
 def test_a_normal_end_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:

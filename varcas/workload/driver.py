@@ -70,7 +70,7 @@ class Load:
             work_dir: for plans and results, made if need be; no server's key is ever written there.
         """
         work_dir.mkdir(parents=True, exist_ok=True)
-        env = {name: os.environ[name] for name in PASSED_ENV if name in os.environ}
+        env = {name: text for name, text in os.environ.items() if name in PASSED_ENV or name.startswith("VARCAS_")}
         env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         argv = [sys.executable, "-m", "varcas.workload.locustfile"]
         return cls(Child.start(argv, env=env, log=log, pipes=True), work_dir)
