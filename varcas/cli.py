@@ -232,12 +232,13 @@ def dashboard(
     from varcas.results import Results
     from varcas.study import dashboard_command
 
+    if not dry_run:
+        _require_free(port)
     opened = Results(_results_path(study, results))
     argv = dashboard_command(opened.storage(_study_name(study)), port)
     if dry_run:
         print(shlex.join(argv))
         return
-    _require_free(port)
     print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
     os.execv(argv[0], argv)  # noqa: S606
 

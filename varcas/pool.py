@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from varcas.errors import InputError, VarcasError
@@ -28,6 +32,7 @@ LOCAL_ENV = {"RAY_AUTH_MODE": "token"}
 """For a Ray of our own, which reads it when it is imported; a cluster that is joined has its own way."""
 OBJECT_STORE_BYTES = 256 * 2**20
 STAND_BY_S = 3600
+MARK = "VARCAS_RAY"
 POLL_S = 0.25
 CLOSE_TIMEOUT_S = 2.0
 PRESTART_TIMEOUT_S = 2.0
@@ -101,6 +106,7 @@ class Pool:
         self._ray = ray
         self._owns_ray = not ray.is_initialized()
         self._is_local = self._owns_ray and not address and not in_ray_job()
+        self._reaper = _start_reaper() if self._is_local else None
         if self._owns_ray:
             with _own_sigterm():
                 _connect(ray, address, ray_options)
@@ -198,6 +204,8 @@ class Pool:
             self._ray.kill(actor)
         if self._owns_ray:
             self._ray.shutdown()
+        if self._reaper is not None:
+            self._reaper.communicate()
 
     def __enter__(self) -> Self:
         return self
@@ -267,6 +275,14 @@ def _prestart(ray: Any) -> None:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines)[:500] or type(error).__name__
+
+
+def _start_reaper() -> subprocess.Popen[bytes]:
+    """Starts what ends a local Ray if this process is killed, and marks the environment that Ray will inherit."""
+    os.environ[MARK] = uuid.uuid4().hex
+    script = Path(__file__).with_name("reaper.py")
+    argv = [sys.executable, "-I", "-S", str(script), f"{MARK}={os.environ[MARK]}"]
+    return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 @contextmanager

@@ -37,9 +37,9 @@ EXPERIMENT: dict[str, Any] = {
 }
 
 
-def write_experiment(directory: Path, model: Path, fake: str = "--itl-ms 2 --ttft-ms 5", **changes: Any) -> Path:
+def write_experiment(directory: Path, model_dir: Path, fake: str = "--itl-ms 2 --ttft-ms 5", **changes: Any) -> Path:
     """An experiment over the scripted server; `fake` are its options. JSON is YAML."""
-    data = EXPERIMENT | {"model": str(model), "results": str(directory / "results")} | changes
+    data = EXPERIMENT | {"model": str(model_dir), "results": str(directory / "results")} | changes
     data["server"] = EXPERIMENT["server"] | changes.get("server", {})
     data["server"]["env"] = {"FAKE_VLLM": fake} | data["server"]["env"]
     path = directory / "experiment.yaml"
