@@ -205,7 +205,9 @@ class Pool:
         if self._owns_ray:
             self._ray.shutdown()
         if self._reaper is not None:
-            self._reaper.communicate()
+            assert self._reaper.stdin is not None
+            self._reaper.stdin.close()
+            self._reaper.wait()
 
     def __enter__(self) -> Self:
         return self

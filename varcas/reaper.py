@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-ROUNDS = 60
+ROUNDS = 90
 PAUSE_S = 0.1
-QUIET_ROUNDS = 10
+QUIET_ROUNDS = 20
 """A process that is just being started shows up late."""
 
 
@@ -28,7 +28,7 @@ def of_ray(mark: bytes) -> list[int]:
             with contextlib.suppress(OSError):
                 command = (entry / "cmdline").read_bytes()
                 is_ray = command.startswith(b"ray::") or b"/ray/" in command
-                if is_ray and mark in (entry / "environ").read_bytes().split(b"\0"):
+                if is_ray and mark in (entry / "environ").read_bytes():
                     found.append(int(entry.name))
     return found
 

@@ -28,17 +28,14 @@ class Cluster:
 
     def __init__(self, directory: Path) -> None:
         self.port, self.mark = free_port(), f"varcas-test-{secrets.token_hex(8)}"
-        self.env = (
-            os.environ
-            | {
-                "RAY_AUTH_MODE": "token",
-                "RAY_AUTH_TOKEN": secrets.token_hex(32),
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_TMPDIR": str(directory),
-                "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",  # `python` is the one with varcas, as in an activated venv
-                "VARCAS_TEST_MARK": self.mark,
-            }
-        )
+        self.env = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(directory),
+            "PATH": f"{Path(RAY).parent}:{os.environ['PATH']}",
+            "VARCAS_TEST_MARK": self.mark,
+        }
         gcs_port = free_port()
         self._started = subprocess.run(
             [RAY, "start", "--head", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--port={gcs_port}",
@@ -75,7 +72,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def completed(results: Path) -> dict[int, str]:
     """Number and id of the finished trials."""
-    if not (results / "trials").is_dir():
+    if not (results / "trials").is_dir() or "scripted" not in Results(results).studies():
         return {}
     return {row.number: row.trial_id for row in Results(results).trials("scripted") if row.state == "complete"}
 
