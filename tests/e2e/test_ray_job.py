@@ -43,6 +43,13 @@ class Cluster:
             env=self.env, capture_output=True, text=True, timeout=90, check=True,
         )  # fmt: skip
 
+    def wait_ready(self, cwd: Path) -> None:
+        """The head answers `ray job` some seconds after `ray start` has returned."""
+        deadline_s = time.monotonic() + 60
+        while (said := self.cli("list", cwd=cwd)).returncode:
+            assert time.monotonic() < deadline_s, said.stdout + said.stderr
+            time.sleep(0.5)
+
     def cli(self, *arguments: str, cwd: Path, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
         argv = [RAY, "job", arguments[0], "--address", f"http://127.0.0.1:{self.port}", *arguments[1:]]
         return subprocess.run(
@@ -61,7 +68,9 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    started = Cluster(tmp_path_factory.mktemp("r"))
+    directory = tmp_path_factory.mktemp("r")
+    started = Cluster(directory)
+    started.wait_ready(directory)
     yield started
     for pid in marked(started.mark):
         try:
