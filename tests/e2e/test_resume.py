@@ -37,8 +37,11 @@ def test_killed_at_many_instants(tmp_path: Path, model_dir: Path) -> None:
         if run.process.poll() is None:
             os.kill(run.process.pid, signal.SIGKILL)
         run.finish(20)
-        assert left_after(run, before) == ({}, set())
-        end(run)
+        processes, segments = left_after(run, before)
+        assert segments == set()
+        # Ray's own dashboard agent has been seen to outlive a killed raylet for longer; everything of ours must be gone
+        assert {pid: line for pid, line in processes.items() if "DashboardAgent" not in line} == {}
+        assert left_after(run, before, 60) == ({}, set())
         now = {row.trial_id: row for row in rows(results)}
         assert kept.items() <= now.items(), "a row that was on disk is gone, or changed"
         kept = now
