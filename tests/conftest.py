@@ -13,6 +13,8 @@ import pytest
 
 from varcas.child import free_port
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it when it is imported, which some tests do themselves
+
 ROOT = Path(__file__).parents[1]
 
 
