@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -185,7 +185,7 @@ def recommend(
     objective = experiment.objectives[0]
     baseline = _arm(finding.baseline, rows, "baseline", objective)
     winner = _arm(finding.winner, rows, "candidate", objective)
-    gain = _gain(baseline, winner, objective, finding)
+    gain = _gain(baseline, winner, objective)
     verdict = _verdict(finding, gain, winner, experiment)
     deployed = _deployed(verdict, finding)
     base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
@@ -253,7 +253,7 @@ def _arm(row: TrialRow | None, rows: Sequence[TrialRow], arm: str, objective: Ob
     )
 
 
-def _gain(baseline: Arm | None, winner: Arm | None, objective: Objective, finding: Finding) -> GainOut | None:
+def _gain(baseline: Arm | None, winner: Arm | None, objective: Objective) -> GainOut | None:
     if not (baseline and winner and baseline.values and winner.values) or baseline.config_hash == winner.config_hash:
         return None
     gain: Gain = compare(baseline.values, winner.values, direction=objective.direction)
@@ -371,24 +371,24 @@ def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Fail
 
 
 def _warnings(rows: Sequence[TrialRow], finding: Finding, winner: Arm | None) -> list[str]:
-    checks: list[tuple[Callable[[], bool], str]] = [
-        (lambda: any(row.simulated for row in rows), "these numbers are SIMULATED: no server was measured"),
+    checks: list[tuple[bool, str]] = [
+        (any(row.simulated for row in rows), "these numbers are SIMULATED: no server was measured"),
         (
-            lambda: any(row.valid is False for row in rows),
+            any(row.valid is False for row in rows),
             f"{sum(row.valid is False for row in rows)} measurement(s) are not to be believed and were not ranked "
             "(`varcas results --invalid`)",
         ),
         (
-            lambda: bool(winner and winner.saturated),
+            bool(winner and winner.saturated),
             "the load is beyond what the server can take: configurations are ranked by sustained throughput, "
             "and latency says only how long the test ran",
         ),
         (
-            lambda: len({row.engine_version for row in rows if row.engine_version}) > 1,
+            len({row.engine_version for row in rows if row.engine_version}) > 1,
             "rows come from several engine versions: compare with care",
         ),
     ]
-    return [text for applies, text in checks if applies()]
+    return [text for applies, text in checks if applies]
 
 
 def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
