@@ -387,7 +387,8 @@ def test_the_program_inherits_no_descriptor_and_default_signals(tmp_path: Path) 
         assert child.wait(10) == 0
     fds, *masks = child.log.read_text().splitlines()[1:]
     assert int(fds) == 4  # 0, 1, 2 and the folder that ls reads
-    assert [mask.split()[1] for mask in masks] == ["0" * 16] * 2
+    # The C library keeps signals 32 and 33 to itself: no program can reset them when its parent ignores them.
+    assert [int(mask.split()[1], 16) & ~(0b11 << 31) for mask in masks] == [0, 0]
 
 
 def test_a_line_protocol(tmp_path: Path) -> None:
