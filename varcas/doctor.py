@@ -16,7 +16,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from varcas import __version__, hardware
-from varcas.engine.node import Node, check_local_model
+from varcas.engine.fetch import check_local_model
+from varcas.engine.node import Node
 from varcas.engine.probe import probe_python
 from varcas.errors import InputError
 from varcas.experiment import Experiment, Server

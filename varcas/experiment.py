@@ -63,7 +63,7 @@ class Server(BaseModel):
     model_config = STRICT
     python: str | None = Field(default=None, description="path of the Python that has vLLM (default: this one)")
     env: dict[str, str] = Field(default_factory=dict, description="environment variables of the server")
-    download_timeout_s: float = Field(default=3600, gt=0)
+    download_timeout_s: float = Field(default=3600, gt=0, description="to fetch the model, once a node")
     start_timeout_s: float = Field(default=1200, gt=0, description="spawn to the first real completion")
     stop_timeout_s: float = Field(default=15, gt=0, description="after SIGTERM, before SIGKILL")
     stall_timeout_s: float = Field(default=60, gt=0, description="no token for so long under load means hung")
@@ -88,11 +88,11 @@ class Workload(BaseModel):
     duration_s: float = Field(default=120, gt=0, description="the measured window")
     warmup_s: float = Field(default=5, ge=0, description="load before the window, not measured")
     max_drain_s: float = Field(default=30, ge=0, description="after the window; what is left misses the SLO")
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of arrivals, lengths and words")
     endpoint: Literal["auto", "chat", "completions"] = Field(
         default="auto", description="`auto`: chat when the model has a chat template, else completions"
     )
-    arrival: Literal["poisson", "constant"] = "poisson"
+    arrival: Literal["poisson", "constant"] = Field(default="poisson", description="gaps between arrivals")
     max_tokens: int | None = Field(default=None, ge=2, description="longest prompt + output (default: what fits)")
     sampling: dict[str, JsonValue] = Field(
         default={"temperature": 0.0},
@@ -144,7 +144,7 @@ class Study(BaseModel):
         default=None,
         description="`journal:PATH`, `sqlite:///PATH` or `postgresql://...` (default: journal in `results`)",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of the sampler")
     max_retries: int = Field(default=2, ge=0, description="of what is not the configuration's fault, each")
     enqueue: list[dict[str, JsonValue]] = Field(
         default_factory=list, description="configurations to try first: flags over `serve`"
@@ -223,21 +223,21 @@ class Experiment(BaseModel):
     """An experiment file. `varcas schema` prints its JSON Schema."""
 
     model_config = STRICT
-    name: str = Field(pattern=NAME, max_length=80)
+    name: str = Field(pattern=NAME, max_length=80, description="of the study: its rows and logs go by it")
     model: str = Field(min_length=1, description="hub id, or a local directory with `config.json`")
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub model")
-    hardware: Hardware = Field(default_factory=Hardware)
-    engine: Literal["vllm"] = "vllm"
-    server: Server = Field(default_factory=Server)
+    hardware: Hardware = Field(default_factory=Hardware, description="which GPUs")
+    engine: Literal["vllm"] = Field(default="vllm", description="what serves")
+    server: Server = Field(default_factory=Server, description="how a server is started")
     serve: Flags = Field(default_factory=dict, description="fixed flags, spelled as vLLM spells them")
     baseline: Flags = Field(default_factory=dict, description="flags over `serve` of the configuration to beat")
     space: dict[str, SpaceEntry] = Field(default_factory=dict, description="flags to search")
-    workload: Workload
+    workload: Workload = Field(description="the traffic")
     slo: dict[str, float] = Field(default_factory=dict, description="e.g. `ttft_p95_ms: 2000`; upper limits")
     objective: Objectives = Field(
         default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
     )
-    study: Study = Field(default_factory=Study)
+    study: Study = Field(default_factory=Study, description="how much to spend, and how to search")
     results: str = Field(default="results/", description="a local or shared path")
     _origin: str = PrivateAttr(default="")
     _lines: dict[Place, int] = PrivateAttr(default_factory=dict)

@@ -283,7 +283,7 @@ def _start_reaper() -> subprocess.Popen[bytes]:
     """Starts what ends a local Ray if this process is killed, and marks the environment that Ray will inherit."""
     os.environ[MARK] = uuid.uuid4().hex
     script = Path(__file__).with_name("reaper.py")
-    argv = [sys.executable, "-I", "-S", str(script), f"{MARK}={os.environ[MARK]}"]
+    argv = [sys.executable, "-I", "-S", str(script), f"{MARK}={os.environ[MARK]}", str(os.getpid())]
     return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcas import hardware
-from varcas.engine.node import Node, check_local_model
+from varcas.engine.fetch import check_local_model
+from varcas.engine.node import Node
 from varcas.errors import InputError, nearest
 from varcas.experiment import Server, parse_experiment
 from varcas.workload.chat import PROFILES

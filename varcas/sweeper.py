@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from varcas.engine.failures import HINTS, RETRIED
-from varcas.engine.node import Checked, Node, NodeFacts, check_local_model
+from varcas.engine.fetch import check_local_model, is_local
+from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.errors import InputError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
@@ -344,6 +345,7 @@ class Sweeper:
             label=f"{job.number:05d}-{job.arm or job.purpose}",
             experiment=self.experiment,
             config=job.proposal.config,
+            revision=None if is_local(self.experiment.model) else self.facts.model_revision,
             resolved=job.checked.resolved,
             endpoint=job.checked.endpoint,
             log_dir=str(self._log_dir()),

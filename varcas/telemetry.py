@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -145,30 +144,6 @@ def _of_gpus(states: Sequence[GpuState]) -> dict[str, Any]:
         "gpu_util_frac": merged(min, (state.util_frac for state in states)),
         "gpu_throttled": merged(any, (state.throttled for state in states)),
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Deltas:
-    """What the server counted between two moments; None without two samples that hold it."""
-
-    preemptions: float | None
-    prompt_tokens: float | None
-    output_tokens: float | None
-    prefix_cache_queries: float | None
-    prefix_cache_hits: float | None
-
-
-def deltas(samples: Sequence[Sample], start_s: float, end_s: float) -> Deltas:
-    """Counter differences from the last sample at or before `start_s` (else the first) to the last up to `end_s`."""
-
-    def delta(field: str) -> float | None:
-        known = [(s.t_s, getattr(s, field)) for s in samples if s.t_s <= end_s and getattr(s, field) is not None]
-        if len(known) < 2:
-            return None
-        first = max((entry for entry in known if entry[0] <= start_s), default=known[0])
-        return float(known[-1][1] - first[1])
-
-    return Deltas(**{field: delta(field) for field in COUNTERS.values()})
 
 
 def gpu_facts(gpus: Sequence[Gpu] | None = None) -> HostFacts:

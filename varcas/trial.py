@@ -42,6 +42,7 @@ class TrialTask:
         label: names its log, say `00007-search`.
         experiment: as loaded.
         config: what to start.
+        revision: of a hub model, as the sweep found it at its start: a branch may move meanwhile.
         resolved: vLLM's settings for it, as the validator gave them.
         endpoint: chat or completions, as the validator decided; None: decided from the model's files.
         log_dir: where the server's log goes.
@@ -51,6 +52,7 @@ class TrialTask:
     label: str
     experiment: Experiment
     config: ServingConfig
+    revision: str | None
     resolved: Mapping[str, Any]
     endpoint: Endpoint | None
     log_dir: str
@@ -116,7 +118,9 @@ class _Trial:
         """
         experiment, task = self._experiment, self._task
         with self._stage("fetch"):
-            fetched = Node(experiment.server, experiment.model, experiment.revision).fetch()
+            node = Node(experiment.server, experiment.model, task.revision)
+            fetched = node.fetch()
+            node.fetch_others(task.config.flags)
         telemetry.require_idle(self._gpus)
         asked = task.endpoint or experiment.workload.endpoint
         endpoint = decide_endpoint(asked, Path(fetched.path), task.config.flags)

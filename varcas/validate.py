@@ -6,7 +6,8 @@ import itertools
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from varcas.engine.node import Node, check_local_model
+from varcas.engine.fetch import check_local_model
+from varcas.engine.node import Node
 from varcas.experiment import Experiment
 from varcas.space import Space
 from varcas.workload.chat import check_workload

@@ -61,7 +61,7 @@ class Run:
 
     def marked(self, name: str = "") -> dict[int, str]:
         """Living processes of this run whose command line holds `name`, the driver included."""
-        return {pid: line for pid, line in marked(self.mark).items() if name in line}
+        return {pid: line for pid, line in marked(self.mark, f"_{self.process.pid}/logs/").items() if name in line}
 
     def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
         deadline_s = time.monotonic() + timeout_s
@@ -87,18 +87,29 @@ def varcas(*arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Pa
     return Run(process, mark)
 
 
-def marked(mark: str) -> dict[int, str]:
+def marked(mark: str, ray_logs: str) -> dict[int, str]:
+    """Processes with the mark in their environment, or of Ray with a log open whose path holds `ray_logs`.
+
+    Ray's agents and workers write their titles over their environment; their session is named by the driver's pid.
+    """
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if mark.encode() in (entry / "environ").read_bytes():
+                if mark.encode() in (entry / "environ").read_bytes() or logs_to(entry, ray_logs):
                     state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
                     if state != "Z":
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 continue
     return found
+
+
+def logs_to(entry: Path, ray_logs: str) -> bool:
+    """Whether a process of Ray has a log open whose path holds `ray_logs`."""
+    if b"ray" not in (entry / "cmdline").read_bytes():
+        return False
+    return any(ray_logs in os.readlink(fd) for fd in (entry / "fd").iterdir())
 
 
 def shared_memory() -> set[str]:

@@ -27,6 +27,7 @@ class Cluster:
     """A Ray cluster of this one machine; `cli` runs a `ray` command against it."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.port, self.mark = free_port(), f"varcas-test-{secrets.token_hex(8)}"
         self.env = os.environ | {
             "RAY_AUTH_MODE": "token",
@@ -72,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     started = Cluster(directory)
     started.wait_ready(directory)
     yield started
-    for pid in marked(started.mark):
+    for pid in marked(started.mark, str(started.directory)):
         try:
             os.kill(pid, 9)
         except ProcessLookupError:

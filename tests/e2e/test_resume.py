@@ -37,11 +37,7 @@ def test_killed_at_many_instants(tmp_path: Path, model_dir: Path) -> None:
         if run.process.poll() is None:
             os.kill(run.process.pid, signal.SIGKILL)
         run.finish(20)
-        processes, segments = left_after(run, before)
-        assert segments == set()
-        # Ray's own dashboard agent has been seen to outlive a killed raylet for longer; everything of ours must be gone
-        assert {pid: line for pid, line in processes.items() if "DashboardAgent" not in line} == {}
-        assert left_after(run, before, 60) == ({}, set())
+        assert left_after(run, before) == ({}, set())
         now = {row.trial_id: row for row in rows(results)}
         assert kept.items() <= now.items(), "a row that was on disk is gone, or changed"
         kept = now
@@ -75,14 +71,3 @@ def test_a_second_driver_is_refused_while_the_first_runs(tmp_path: Path, model_d
         first.process.send_signal(signal.SIGINT)
         first.finish(30)
         end(first)
-
-
-def test_another_workload_under_the_same_name_is_refused(tmp_path: Path, model_dir: Path) -> None:
-    small = {"max_num_seqs": {"choices": [1]}}
-    study = {"trials": 1, "repeats": 0}
-    path = write_experiment(tmp_path, model_dir, workload=WORKLOAD, space=small, study=study)
-    assert varcas("sweep", path).finish(60)[0] == 0
-    write_experiment(tmp_path, model_dir, workload=WORKLOAD | {"rate_rps": 5}, space=small, study=study)
-    code, _, err = varcas("sweep", path).finish(60)
-    assert code == 2
-    assert "another workload" in err

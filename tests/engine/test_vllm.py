@@ -1,4 +1,4 @@
-"""A server is started, proved to be ours, told what it is and ended; against a stand-in, and once against real vLLM."""
+"""A server is started, proved to be ours, told what it is and ended; against a stand-in (tests/e2e: real vLLM)."""
 
 from __future__ import annotations
 
@@ -317,37 +317,6 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 REAL = ["--model", "ignored", "--load-format", "dummy", "--max-model-len", "1024", "--enforce-eager"]
 REAL_ENV = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
-@pytest.mark.vllm
-def test_real_vllm_is_started_proved_and_ended(tiny_llama: Path, tmp_path: Path) -> None:
-    log = tmp_path / "server.log"
-    with VllmServer.start(REAL, env=REAL_ENV, model_path=str(tiny_llama), log=log) as server:
-        server.wait_ready(200)
-        family = server._child.descendants()
-        facts = server.facts({}, "r")
-        server.stop(15)
-        assert server.wait_freed(10) is None
-    assert not [pid for pid in family if (p := guardian.processes().get(pid)) and not p.dead]
-    assert facts.engine_version is not None
-    assert read_log(log).count(facts.engine_version) >= 1
-    assert facts.kv_cache_tokens == 524_288
-    assert facts.resolved["cache"]["enable_prefix_caching"] is True
-    assert server.api_key not in read_log(log)
-
-
-@pytest.mark.vllm
-def test_real_vllm_without_room_for_one_sequence_says_so(tiny_llama: Path, tmp_path: Path) -> None:
-    argv = [*REAL, "--num-gpu-blocks-override", "4"]
-    with (
-        VllmServer.start(argv, env=REAL_ENV, model_path=str(tiny_llama), log=tmp_path / "x.log") as server,
-        pytest.raises(TrialError) as caught,
-    ):
-        server.wait_ready(200)
-    assert caught.value.kind == "kv_cache_too_small"
-    assert caught.value.detail.startswith(
-        "ValueError: To serve at least one request with the model's max seq len (1024)"
-    )
 
 
 @pytest.mark.vllm

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from varcas import hardware
 from varcas.engine.failures import HINTS
-from varcas.engine.fetch import FetchedModel, check_local_model, fetch_model, is_local
+from varcas.engine.fetch import FetchedModel, fetch_model, is_local
 from varcas.engine.probe import probe_python
 from varcas.engine.validation import Checked, Validator
 from varcas.engine.vllm import server_env, without
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Server
 
-__all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "check_local_model"]
+__all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "other_models"]
 
 
 def cache_dir() -> Path:
@@ -38,6 +38,18 @@ class NodeFacts:
     model_revision: str
     gpu_name: str | None
     driver_version: str | None
+
+
+def other_models(flags: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    """Model and revision of the draft model and the tokenizer that a configuration names (vllm/config/speculative.py).
+
+    `ngram` as a draft "model" is a method's name.
+    """
+    found = [(flags.get("tokenizer"), flags.get("tokenizer_revision"))]
+    speculative = flags.get("speculative_config")
+    if isinstance(speculative, Mapping):
+        found.append((speculative.get("model"), speculative.get("revision")))
+    return [(model, revision) for model, revision in found if isinstance(model, str) and "ngram" not in model]
 
 
 class Node:
@@ -97,18 +109,27 @@ class Node:
             TrialError: `model_download`, `bad_model_files`, `missing_dependency`.
         """
         if self._fetched is None:
-            cache = cache_dir()
-            cache.mkdir(parents=True, exist_ok=True)
-            self._fetched = fetch_model(
-                self._model,
-                self._revision,
-                python=self._python.python,
-                env=self._env,
-                cache_dir=cache,
-                log=cache / "fetch.log",
-                deadline_s=self._server.download_timeout_s,
-            )
+            self._fetched = self._fetch(self._model, self._revision)
         return self._fetched
+
+    def fetch_others(self, flags: Mapping[str, Any]) -> None:
+        """Fetches what else a configuration names by hub id: no server start waits for it. Raises as `fetch`."""
+        for model, revision in other_models(flags):
+            if model != self._model:
+                self._fetch(model, revision)
+
+    def _fetch(self, model: str, revision: str | None) -> FetchedModel:
+        cache = cache_dir()
+        cache.mkdir(parents=True, exist_ok=True)
+        return fetch_model(
+            model,
+            revision,
+            python=self._python.python,
+            env=self._env,
+            cache_dir=cache,
+            log=cache / "fetch.log",
+            deadline_s=self._server.download_timeout_s,
+        )
 
     def flag_names(self) -> list[str]:
         """Flags of `vllm serve` of the version here."""

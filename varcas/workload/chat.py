@@ -11,7 +11,6 @@ failed), the last one is cut: the output to half the limit, then the prompt to w
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -35,7 +34,6 @@ MIN_PROMPT_TOKENS = 4
 MIN_OUTPUT_TOKENS = 2  # a TPOT needs two
 MIN_TOTAL_TOKENS = 2 * (MIN_PROMPT_TOKENS + MIN_OUTPUT_TOKENS)
 MAX_REDRAWS = 64
-NOMINAL_DRAWS = 4096
 P90 = NormalDist().inv_cdf(0.9)
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tekken.json")
 """Files that bring a chat template; Mistral's own tokenizer has its template built in."""
@@ -178,20 +176,6 @@ def schedule(
         index, seed = len(requests), int(words() * 2**53)
         requests.append(ScheduledRequest(index, start_s + offset_s, prompt_tokens, output_tokens, seed, index))
     raise AssertionError("arrivals never end")
-
-
-@functools.lru_cache
-def nominal(profile: str, max_len: int | None = None) -> tuple[float, float]:
-    """Mean prompt and output tokens of a request, for plans: what 4,096 draws of `schedule`'s own kind give.
-
-    Raises:
-        InputError: as `schedule`.
-    """
-    found = profile_named(profile)
-    limit = _limit(found, None, max_len)
-    uniform = _uniform(np.random.SeedSequence(0))
-    prompts, outputs = zip(*(_draw(found, limit, uniform) for _ in range(NOMINAL_DRAWS)), strict=True)
-    return sum(prompts) / NOMINAL_DRAWS, sum(outputs) / NOMINAL_DRAWS
 
 
 def decide_endpoint(
