@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,15 @@ OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
 """Metric to the direction in which it is better."""
 
 
+ArrivalKind = Literal["poisson", "constant", "gamma", "ramp", "steps", "trace", "closed"]
+ARRIVAL_SETTINGS = {"burstiness": "gamma", "to_rps": "ramp", "steps": "steps", "users": "closed"}
+"""Setting to the kind of arrival that has it, and needs it."""
+
+
+def _arrival_kind(entry: Any) -> str:
+    return "name" if isinstance(entry, str) else "settings"
+
+
 class Hardware(BaseModel):
     """Which GPU, and how many the study may use; `auto` is what the Ray node has."""
 
@@ -79,12 +89,60 @@ class Server(BaseModel):
         return env
 
 
+class Arrival(BaseModel):
+    """When requests come. A bare name stands for a kind without settings: `arrival: constant`."""
+
+    model_config = STRICT
+    kind: ArrivalKind = Field(
+        description="open loop: `poisson`, `constant`, `gamma` (bursts), `ramp`, `steps`, `trace` (the times in `data`); "
+        "closed loop: `closed`"
+    )
+    burstiness: float | None = Field(
+        default=None, gt=0, description="of `gamma`: shape of the gaps; 1 is Poisson, less comes in bursts"
+    )
+    to_rps: float | None = Field(
+        default=None, gt=0, description="of `ramp`: the rate at the window's end; it grows or falls linearly from `rate_rps`"
+    )
+    steps: list[tuple[float, float]] | None = Field(
+        default=None, min_length=1, description="of `steps`: pairs of a second in the window and the rate from then on"
+    )
+    users: int | None = Field(
+        default=None, ge=1, description="of `closed`: how many, each of whom waits for an answer, pauses, and asks again"
+    )
+
+    @model_validator(mode="after")
+    def _own_settings(self) -> Self:
+        for name, kind in ARRIVAL_SETTINGS.items():
+            given = getattr(self, name) is not None
+            if given and self.kind != kind:
+                raise ValueError(f"{name}: is a setting of `{kind}`, not of `{self.kind}`")
+            if not given and self.kind == kind:
+                raise ValueError(f"{kind} needs `{name}`")
+        if self.steps is not None:
+            starts = [second for second, _ in self.steps]
+            if starts[0] != 0 or starts != sorted(set(starts)) or any(rate < 0 for _, rate in self.steps):
+                raise ValueError("steps: begin at second 0, in order, with rates of at least 0")
+        return self
+
+
+Arrivals = Annotated[
+    Annotated[ArrivalKind, Tag("name")] | Annotated[Arrival, Tag("settings")], Discriminator(_arrival_kind)
+]
+
+
 class Workload(BaseModel):
     """The chat traffic: who asks, how often, for how long."""
 
     model_config = STRICT
-    profile: str = Field(default="chat-medium", description="`chat-short`, `chat-medium` or `chat-long`")
-    rate_rps: float = Field(gt=0, description="mean arrivals per second, open loop")
+    profile: str | dict[str, float] = Field(
+        default="chat-medium", description="a built-in workload (docs/workloads.md), or several with their shares"
+    )
+    data: str | None = Field(
+        default=None, description="your own requests in place of a profile: a CSV, JSONL, Parquet or JSON file"
+    )
+    rate_rps: float | None = Field(
+        default=None, gt=0, description="mean arrivals per second (of conversations, where there are some); open loop"
+    )
     duration_s: float = Field(default=120, gt=0, description="the measured window")
     warmup_s: float = Field(default=5, ge=0, description="load before the window, not measured")
     max_drain_s: float = Field(default=30, ge=0, description="after the window; what is left misses the SLO")
@@ -92,12 +150,70 @@ class Workload(BaseModel):
     endpoint: Literal["auto", "chat", "completions"] = Field(
         default="auto", description="`auto`: chat when the model has a chat template, else completions"
     )
-    arrival: Literal["poisson", "constant"] = Field(default="poisson", description="gaps between arrivals")
+    arrival: Arrivals = Field(default="poisson", description="gaps between arrivals, or users in a closed loop")
+    think_s: float | None = Field(
+        default=None, ge=0, description="mean pause of a user before the next turn (default: the profile's)"
+    )
+    turns: float | None = Field(
+        default=None, ge=1, description="mean number of a conversation's turns (default: the profile's)"
+    )
+    shared_prefix_tokens: int | None = Field(
+        default=None, ge=0, description="tokens of a system prompt that requests share (default: the profile's)"
+    )
+    shared_prefixes: int | None = Field(
+        default=None, ge=1, description="how many such system prompts there are (default: the profile's)"
+    )
     max_tokens: int | None = Field(default=None, ge=2, description="longest prompt + output (default: what fits)")
     sampling: dict[str, JsonValue] = Field(
         default={"temperature": 0.0},
         description="sampling parameters sent with every request",
     )
+
+    @property
+    def arrives(self) -> Arrival:
+        """When requests come, with its settings."""
+        return Arrival(kind=self.arrival) if isinstance(self.arrival, str) else self.arrival
+
+    @property
+    def name(self) -> str:
+        """Of the workload, for people: its profile, its mixture, or its file."""
+        if self.data is not None:
+            return Path(self.data).name
+        return self.profile if isinstance(self.profile, str) else " + ".join(self.profile)
+
+    @property
+    def described(self) -> str:
+        """Who asks how often, in words."""
+        arrives = self.arrives
+        if arrives.users is not None:
+            return f"{self.name}, {arrives.users} users in a closed loop"
+        pace = "at its own pace" if self.mean_rps is None else f"at {self.mean_rps:g} requests/s"
+        return f"{self.name} {pace}" if arrives.kind in ("poisson", "trace") else f"{self.name} {pace} ({arrives.kind})"
+
+    @property
+    def mean_rps(self) -> float | None:
+        """Mean arrivals per second over the window; None in a closed loop, and for a trace at its own pace."""
+        arrives = self.arrives
+        if arrives.to_rps is not None and self.rate_rps is not None:
+            return (self.rate_rps + arrives.to_rps) / 2
+        if arrives.steps is not None:
+            starts = [min(second, self.duration_s) for second, _ in arrives.steps] + [self.duration_s]
+            spans = [end - start for start, end in itertools.pairwise(starts)]
+            return sum(span * rate for span, (_, rate) in zip(spans, arrives.steps, strict=True)) / self.duration_s
+        return self.rate_rps
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Self:
+        kind = self.arrives.kind
+        if kind in ("steps", "closed") and self.rate_rps is not None:
+            raise ValueError(f"rate_rps: `{kind}` sets the rate itself: take it out")
+        if kind not in ("steps", "closed", "trace") and self.rate_rps is None:
+            raise ValueError("rate_rps is missing: requests per second, e.g. rate_rps: 20")
+        if kind == "trace" and self.data is None:
+            raise ValueError("arrival: `trace` needs `data`: a file with times of arrival")
+        if isinstance(self.profile, dict) and (not self.profile or min(self.profile.values()) <= 0):
+            raise ValueError("profile: shares must be above 0, e.g. profile: {chat-short: 3, rag: 1}")
+        return self
 
 
 class Objective(BaseModel):
@@ -356,7 +472,7 @@ def line_of(path: tuple[str | int, ...], lines: Mapping[Place, int]) -> int:
     return lines.get(path, 1)
 
 
-TAG_AT = {"space": 2, "objective": 1}
+TAG_AT = {"space": 2, "objective": 1, "arrival": 2}
 """Where pydantic puts the tag of a union into an error's location."""
 
 

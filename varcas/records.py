@@ -29,12 +29,19 @@ class ScheduledRequest:
 
     Attributes:
         index: position in the schedule, from 0.
-        at_s: when it is due, in seconds from the start of the window.
+        at_s: when it is due, in seconds from the start of the window, a whole number of microseconds. With `after` it is
+            due `gap_s` after that one's end, and `at_s` is that one's own.
         prompt_tokens: length of the prompt in the server's own tokens, chat template included.
         output_tokens: tokens to generate; `ignore_eos` makes the server give exactly these.
         seed: of the prompt's words: the same seed and length give the same text.
         conversation: which conversation it belongs to (a single-turn request is its own).
-        turn: its place in that conversation, from 0.
+        turn: its place in that conversation, from 0. A later turn's prompt is what is new in it; the history, with the
+            answers that the server really gave, goes before it.
+        after: index of the request whose end it waits for (the turn before, or a closed loop's user); None: `at_s` rules.
+        gap_s: pause after that end.
+        prefix_seed: of the words of a system prompt that requests share; None without one.
+        prefix_tokens: length of that system prompt, which is part of `prompt_tokens`.
+        prompt: a prompt of one's own, to be sent as it is; `prompt_tokens` is then what the server counts.
     """
 
     index: int
@@ -44,11 +51,33 @@ class ScheduledRequest:
     seed: int
     conversation: int
     turn: int = 0
+    after: int | None = None
+    gap_s: float = 0.0
+    prefix_seed: int | None = None
+    prefix_tokens: int = 0
+    prompt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompted:
+    """A scheduled request with its words.
+
+    Attributes:
+        request: lengths as the server counts them.
+        text: what the user says; through the completions endpoint `system` and a space go before it.
+        system: the shared system prompt; None without one.
+    """
+
+    request: ScheduledRequest
+    text: str
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """One row per attempted request: those that failed and those that never finished too.
+    """One row per request that came due: those that failed, were never sent and never finished too.
+
+    A later turn of a conversation that broke never comes due, and has none.
 
     Attributes:
         index: of its `ScheduledRequest`.

@@ -426,7 +426,7 @@ def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experime
     lines = [
         f"varcas study {experiment.name}, {role}",
         f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; "
-        f"{row.profile} at {row.rate_rps:g} requests/s",
+        f"{experiment.workload.described}",
     ]
     return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
 

@@ -721,7 +721,7 @@ def _study_attributes(experiment: Experiment) -> dict[str, Any]:
     return {
         "model": experiment.model,
         "gpu": f"{experiment.hardware.count} x {experiment.hardware.gpu}",
-        "workload": f"{workload.profile} at {workload.rate_rps:g} requests/s for {workload.duration_s:g} s",
+        "workload": f"{workload.described} for {workload.duration_s:g} s",
         "objective": ", ".join(f"{o.direction} {o.metric}" for o in experiment.objectives),
         "slo": ", ".join(f"{key} <= {limit:g}" for key, limit in experiment.slo.items()) or "none",
         "serve": _flags_text(experiment.serve),
