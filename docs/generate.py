@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from varcas.cli import app
 from varcas.engine.failures import FAILURES
-from varcas.experiment import Choices, Experiment, Hardware, Objective, Range, Server, Study, Workload
+from varcas.experiment import Arrival, Choices, Experiment, Hardware, Objective, Range, Server, Study, Workload
 from varcas.records import RequestRecord, Sample, TrialRow
 from varcas.store import SCHEMAS
 
@@ -61,6 +61,7 @@ def experiment_page() -> Iterator[str]:
         ("space: choices", Choices),
         ("space: range", Range),
         ("workload", Workload),
+        ("workload: arrival", Arrival),
         ("objective", Objective),
         ("study", Study),
     ]

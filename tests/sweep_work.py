@@ -37,11 +37,14 @@ class EasyNode:
 
 
 def outcome(tokens_per_s: int, **columns: object) -> Outcome:
-    count = tokens_per_s * 2
-    offsets = tuple(0.001 + 1.9 * i / count for i in range(count))
-    record = RequestRecord(0, 0.0, 0.0, offsets[0], offsets[-1], offsets[-1], 5, count, 5, count, offsets, (1,) * count,
-                           "length", None, 200, 0, 0)  # fmt: skip
-    load = LoadResult((record,), 0.0, 2.0, 0.0, 0.1)
+    count, num = max(tokens_per_s // 10, 1), 20
+    offsets = tuple(0.001 + 1.8 * i / count for i in range(count))
+    records = tuple(
+        RequestRecord(n, 0.004 * n, 0.004 * n, 0.004 * n + offsets[0], 0.004 * n + offsets[-1], 0.004 * n + offsets[-1],
+                      5, count, 5, count, offsets, (1,) * count, "length", None, 200, n, 0)
+        for n in range(num)
+    )  # fmt: skip
+    load = LoadResult(records, 0.0, 2.0, 0.0, 0.1)
     fixed: dict[str, object] = {"state": "complete", "load": load}
     return Outcome(
         started_at=datetime.datetime.now(datetime.UTC), host=HostFacts("h"), times=StageTimes(), **fixed | columns

@@ -17,7 +17,7 @@ from varcas.engine.failures import FAILURES
 from varcas.experiment import parse_experiment
 from varcas.space import Space
 from varcas.study import SAMPLERS
-from varcas.workload.chat import PROFILES
+from varcas.workload.profiles import PROFILES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])

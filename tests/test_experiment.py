@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from varcas.errors import InputError
-from varcas.experiment import Choices, Experiment, Range, load_experiment, parse_experiment
+from varcas.experiment import Arrival, Choices, Experiment, Range, load_experiment, parse_experiment
 
 GOOD = """\
 name: t
 model: some/model
 workload: {profile: chat-short, rate_rps: 2}
 """
+WORKLOAD = "name: t\nmodel: some/model\nworkload:\n  rate_rps: 2\n"
 EXPERIMENTS = sorted(Path("experiments").glob("*.yaml"))
 
 
@@ -61,6 +62,29 @@ def test_every_experiment_in_the_repository_is_well_formed(path: Path) -> None:
         (GOOD + "objective: {maximize: ttft_p95_ms}\n", ["x.yaml:4", "ttft_p95_ms", "minimize"]),
         (GOOD + "objective: {maximize: goodput_rps}\n", ["goodput_rps", "slo"]),
         (GOOD + "server: {env: {HF_TOKEN: abc}}\n", ["x.yaml:4", "HF_TOKEN", "environment"]),
+        (WORKLOAD + "  arrival: posson\n", ["x.yaml:5: workload.arrival: ", '"posson"', "'poisson'", "'closed'"]),
+        (WORKLOAD + "  arrival: 3\n", ["x.yaml:5: workload.arrival: 3: "]),
+        (WORKLOAD + "  arrival:\n    kind: gama\n", ["x.yaml:6: workload.arrival.kind: ", '"gama"', "'gamma'"]),
+        (
+            WORKLOAD + "  arrival:\n    kind: gamma\n    burstines: 2\n",
+            ["x.yaml:7: workload.arrival.burstines: unknown key. Did you mean burstiness?", "Known here: kind, "],
+        ),
+        (WORKLOAD + "  arrival: {kind: gamma}\n", ["x.yaml:5: workload.arrival: gamma needs `burstiness`"]),
+        (
+            WORKLOAD + "  arrival:\n    kind: poisson\n    users: 4\n",
+            ["x.yaml:7: workload.arrival.users: is a setting of `closed`, not of `poisson`"],
+        ),
+        (WORKLOAD + "  arrival: {kind: closed, users: 3}\n", ["x.yaml:4: workload.rate_rps: `closed` sets the rate"]),
+        (WORKLOAD + "  arrival: trace\n", ["x.yaml:5: workload.arrival: `trace` needs `data`"]),
+        (
+            WORKLOAD + "  arrival:\n    kind: steps\n    steps: [[1, 2]]\n",
+            ["x.yaml:7: workload.arrival.steps: begin at second 0"],
+        ),
+        (WORKLOAD + "  arrival: {kind: ramp, to_rps: fast}\n", ["x.yaml:5: workload.arrival.to_rps: ", '"fast"']),
+        (WORKLOAD + "  profile: {rag: 0}\n", ["x.yaml:5: workload.profile: shares must be above 0"]),
+        (WORKLOAD + "  data: x.csv\n  turns: 2.0\n", ["x.yaml:6: workload.turns: the conversations in `data`"]),
+        (WORKLOAD + "  data: x.csv\n  shared_prefixes: 2\n", ["x.yaml:6: workload.shared_prefixes: say how long"]),
+        (GOOD + "objective: [{maximise: e2e_p50_ms}]\n", ["x.yaml:4", "maximise", "Did you mean maximize"]),
         (GOOD + "serve: {a: 2026-01-01}\n", ["quote the value"]),
         (GOOD.replace("name: t", "name: a/b"), ["x.yaml:1", "name", "pattern"]),
     ],
@@ -70,6 +94,41 @@ def test_bad_input_says_where_what_and_what_instead(text: str, words: list[str])
     assert [word for word in words if word not in message] == [], message
     assert "Traceback" not in message
     assert len(message.splitlines()) == 1, f"one error, one line: {message}"
+
+
+@pytest.mark.parametrize(
+    ("text", "arrival", "described", "mean_rps"),
+    [
+        ("", Arrival(kind="poisson"), "chat-medium at 2 requests/s", 2),
+        ("  arrival: constant\n", Arrival(kind="constant"), "chat-medium at 2 requests/s (constant)", 2),
+        (
+            "  arrival: {kind: gamma, burstiness: 0.5}\n",
+            Arrival(kind="gamma", burstiness=0.5),
+            "chat-medium at 2 requests/s (gamma)",
+            2,
+        ),
+        (
+            "  arrival: {kind: ramp, to_rps: 6}\n",
+            Arrival(kind="ramp", to_rps=6),
+            "chat-medium at 4 requests/s (ramp)",
+            4,
+        ),
+        ("  data: a/b.csv\n  arrival: trace\n", Arrival(kind="trace"), "b.csv at 2 requests/s", 2),
+        ("  profile: {rag: 1, code: 2}\n", Arrival(kind="poisson"), "rag + code at 2 requests/s", 2),
+    ],
+)
+def test_an_arrival_is_a_name_or_has_settings(text: str, arrival: Arrival, described: str, mean_rps: float) -> None:
+    workload = parse_experiment(WORKLOAD + text).workload
+    assert (workload.arrives, workload.described, workload.mean_rps) == (arrival, described, mean_rps)
+
+
+def test_steps_and_a_closed_loop_set_the_rate_themselves() -> None:
+    head = WORKLOAD.replace("  rate_rps: 2\n", "")
+    steps = parse_experiment(head + "  duration_s: 40\n  arrival: {kind: steps, steps: [[0, 5], [10, 1]]}\n").workload
+    assert steps.mean_rps == (10 * 5 + 30 * 1) / 40
+    closed = parse_experiment(head + "  arrival: {kind: closed, users: 8}\n").workload
+    assert (closed.mean_rps, closed.described) == (None, "chat-medium, 8 users in a closed loop")
+    assert parse_experiment(head + "  arrival: trace\n  data: x\n").workload.mean_rps is None
 
 
 def test_a_secret_is_not_repeated_in_the_error() -> None:

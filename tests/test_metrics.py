@@ -1,3 +1,5 @@
+"""Metrics against tables worked by hand, laws, and a slow, plain reference; intervals, saturation, trust, gain."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -5,33 +7,51 @@ import heapq
 import itertools
 import math
 import random
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varcas.metrics import (
-    CHECKS,
-    MAX_EXCESS,
-    compare,
-    constraints_of,
-    in_window,
-    invalid_reasons,
-    is_good,
-    is_saturated,
-    latencies,
-    percentile,
-    reported,
-    summarise,
-    t_quantile,
-    token_rate,
+from tests import rows
+from varcas.columns import Measured, Requests
+from varcas.errors import InputError
+from varcas.intervals import t_quantile
+from varcas.metrics import MAX_EXCESS, Series, compare, constraints_of, is_good, percentile, reported, summarise
+from varcas.records import (
+    LATENCIES,
+    LATENCY_METRICS,
+    SENT_STATISTICS,
+    SLO_PRESETS,
+    STATISTICS,
+    LoadResult,
+    RequestRecord,
+    Sample,
+    TrialRow,
 )
-from varcas.records import LATENCY_METRICS, LoadResult, RequestRecord, Sample, TrialRow
+from varcas.saturation import filling
+from varcas.store import Store
+from varcas.validity import CHECKS, invalid_reasons
 
 INF = math.inf
+
+
+def in_window(load: LoadResult) -> list[RequestRecord]:
+    return [found for found in load.records if 0 <= found.scheduled_s < load.duration_s]
+
+
+def good(answer: RequestRecord, slo: dict[str, float]) -> bool:
+    (found,) = is_good(Requests.of([answer]), slo)
+    return bool(found)
+
+
+def is_saturated(load: LoadResult, samples: Sequence[Sample] = ()) -> bool:
+    return filling(Measured.of_load(load), samples).saturated
 
 
 def record(
@@ -81,7 +101,7 @@ B = record(2.0, (2.2, 2.4), counts=(1, 2))
 C = record(9.0, (9.5, 10.5), sent_s=9.02)
 D = record(5.0, (5.1,), error="unfinished", owed=4, end_s=40.0)
 E = dataclasses.replace(record(6.0, error="connection refused", owed=3, end_s=6.0), sent_s=None)
-TABLE = load_of((W, A, B, D, E, C))
+TABLE = dataclasses.replace(load_of((W, A, B, D, E, C)), drain_s=10.0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +126,17 @@ TABLE = load_of((W, A, B, D, E, C))
         "ttft_p50_ms": None,
         "duration_s": 10.0,
         "valid": False,
-        "invalid_reasons": ["1 of 5 requests failed, bound 1%"],
+        "invalid_reasons": [
+            "only 3 requests completed, bound 20: lengthen the window or raise the rate",
+            "1 of 5 requests failed, bound 1%",
+        ],
+        "norm_mean_ms": (410 / 3 + 400 / 3 + 1500 / 2) / 3,
+        "e2e_sent_mean_ms": (400 + 400 + 1480) / 3,
+        "goodput_tokens_per_s": (3 + 3) / 10,  # A and B
+        "output_tokens_per_s_drained": (2 + 3 + 3 + 2 + 1) / 20,  # and C's last, in 10 s of drain
+        "request_rate_rps_drained": 3 / 20,
+        "sustainable_rps": None,
+        "ramp_s": None,
     }.items(),
 )
 def test_the_table_worked_by_hand(column: str, expected: Any) -> None:
@@ -165,10 +195,10 @@ def test_answers_of_one_token_wait_for_no_second() -> None:
 def test_an_itl_limit_asks_the_requests_own_gaps() -> None:
     gaps_ms = (10, 10, 10, 90)
     answer = record(0.0, list(itertools.accumulate((g / 1e3 for g in gaps_ms), initial=0.1)))
-    assert is_good(answer, {"itl_p50_ms": 11.0})
-    assert is_good(answer, {"itl_mean_ms": 31.0})
-    assert not is_good(answer, {"itl_mean_ms": 29.0})
-    assert not is_good(answer, {"itl_p95_ms": 80.0})
+    assert good(answer, {"itl_p50_ms": 11.0})
+    assert good(answer, {"itl_mean_ms": 31.0})
+    assert not good(answer, {"itl_mean_ms": 29.0})
+    assert not good(answer, {"itl_p95_ms": 80.0})
 
 
 # percentiles
@@ -176,17 +206,18 @@ def test_an_itl_limit_asks_the_requests_own_gaps() -> None:
 
 @pytest.mark.parametrize(("name", "least"), [("p50", 20), ("p90", 100), ("p95", 200), ("p99", 1000), ("p99_9", 10000)])
 def test_a_percentile_needs_ten_beyond(name: str, least: int) -> None:
-    assert reported(np.arange(least - 1.0), name) is None
-    found = reported(np.arange(float(least)), name)
+    few, enough = np.arange(least - 1.0), np.arange(float(least))
+    assert reported(Series(few), few, name) is None
+    found = reported(Series(enough), enough, name)
     assert found is not None
     assert np.sum(np.arange(least) > found) == 10
 
 
 def test_a_percentile_among_those_that_never_came_is_null() -> None:
     values = np.concatenate([np.arange(100.0), np.full(100, INF)])
-    assert reported(values, "p50") == 99.0
-    assert reported(values, "p90") is None
-    assert reported(values, "mean") == pytest.approx(49.5)
+    assert reported(Series(values), values, "p50") == 99.0
+    assert reported(Series(values), values, "p90") is None
+    assert reported(Series(values), values, "mean") == pytest.approx(49.5)
 
 
 @settings(deadline=None)
@@ -250,7 +281,13 @@ def test_times_c_times_longer_make_latencies_c_times_longer(load: LoadResult, sl
     before, after = summarise(load, slo), summarise(slow, {key: limit * c for key, limit in slo.items()})
     for name in LATENCY_METRICS:
         assert after[name] == (None if before[name] is None else pytest.approx(c * before[name]))
-    for name in ("output_tokens_per_s", "output_tokens_per_s_hi", "goodput_rps", "request_rate_rps"):
+    for name in (
+        "output_tokens_per_s",
+        "output_tokens_per_s_hi",
+        "goodput_tokens_per_s",
+        "goodput_rps",
+        "request_rate_rps",
+    ):
         assert after[name] == pytest.approx(before[name] / c)
     assert after["saturated"] == before["saturated"]
 
@@ -299,8 +336,157 @@ def test_counts_add_up(load: LoadResult) -> None:
     found = summarise(load, {})
     parts = found["num_completed"] + found["num_failed"] + found["num_unfinished"]
     assert parts == found["num_requests"] == len(in_window(load))
-    waits = latencies(in_window(load))
-    assert np.isfinite(waits.ttft).sum() == found["num_completed"]
+    assert good_share(load) == pytest.approx(found["goodput_rps"])
+
+
+def good_share(load: LoadResult) -> float:
+    return sum(answer.ok for answer in in_window(load)) / load.duration_s
+
+
+# against a slow, plain reference: one request at a time, in the words of docs/measurement.md
+
+
+def plain_waits(load: LoadResult) -> dict[str, list[float]]:
+    """Every latency of the window's requests in ms, by the page's formulas."""
+    waits: dict[str, list[float]] = {name: [] for name in (*LATENCIES, "ttft_sent", "e2e_sent")}
+    for r in sorted(in_window(load), key=lambda found: found.scheduled_s):
+        gaps = [1e3 * (b - a) for a, b in itertools.pairwise(r.token_offsets_s)]
+        if not r.ok or r.first_token_s is None or r.last_token_s is None or r.sent_s is None:
+            owed = max(r.scheduled_output_tokens - sum(r.token_counts), 1)
+            for name in waits:
+                waits[name] += [*gaps, *[INF] * owed] if name == "itl" else [INF]
+            continue
+        waits["ttft"].append(1e3 * (r.first_token_s - r.scheduled_s))
+        waits["ttft_sent"].append(1e3 * (r.first_token_s - r.sent_s))
+        waits["e2e"].append(1e3 * (r.last_token_s - r.scheduled_s))
+        waits["e2e_sent"].append(1e3 * (r.last_token_s - r.sent_s))
+        waits["norm"].append(1e3 * (r.last_token_s - r.scheduled_s) / r.output_tokens)
+        waits["itl"] += gaps
+        if r.output_tokens > 1:
+            waits["tpot"].append(1e3 * (r.last_token_s - r.first_token_s) / (r.output_tokens - 1))
+    return waits
+
+
+def plain_statistic(values: list[float], name: str) -> float:
+    if name == "mean":
+        return sum(values) / len(values)
+    share = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}[name]
+    return next(v for v in sorted(values) if sum(w <= v for w in values) >= share * len(values) - 1e-9)
+
+
+def plain_column(values: list[float], name: str) -> float | None:
+    if name == "mean":
+        came = [value for value in values if value < INF]
+        return sum(came) / len(came) if came else None
+    if not values:
+        return None
+    found = plain_statistic(values, name)
+    rank = sum(w < found for w in values) + 1  # of the first of equal ones; the rank itself may be a later one
+    least = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}[name] * len(values)
+    rank = max(rank, math.ceil(least - 1e-9))
+    return found if len(values) - rank >= 10 and found < INF else None
+
+
+def plain_rates(load: LoadResult, slo: dict[str, float]) -> dict[str, float]:
+    """Rates by the page's formulas."""
+    t, whole = load.duration_s, load.duration_s + load.drain_s
+    events = [
+        (r.sent_s + offset, count)
+        for r in load.records
+        if r.sent_s is not None
+        for offset, count in zip(r.token_offsets_s, r.token_counts, strict=True)
+    ]
+    met = [r for r in in_window(load) if plain_good(r, slo)]
+    return {
+        "output_tokens_per_s": sum(n for at_s, n in events if 0 <= at_s < t) / t,
+        "output_tokens_per_s_drained": sum(n for at_s, n in events if at_s >= 0) / whole,
+        "prompt_tokens_per_s": sum(
+            r.prompt_tokens or r.scheduled_prompt_tokens
+            for r in load.records
+            if r.first_token_s is not None and 0 <= r.first_token_s < t
+        )
+        / t,
+        "request_rate_rps": sum(r.ok and 0 <= (r.end_s or 0.0) < t for r in load.records) / t,
+        "request_rate_rps_drained": sum(r.ok for r in in_window(load)) / whole,
+        "goodput_rps": len(met) / t,
+        "goodput_tokens_per_s": sum(r.output_tokens for r in met) / t,
+        "delivered_rate_rps": sum(r.sent_s is not None and 0 <= r.sent_s < t for r in load.records) / t,
+    }
+
+
+def plain_good(answer: RequestRecord, slo: dict[str, float]) -> bool:
+    if not answer.ok:
+        return False
+    own = plain_waits(load_of([dataclasses.replace(answer)], duration_s=1e9))
+    for key, limit in slo.items():
+        name, _, stat = key.removesuffix("_ms").partition("_")
+        if own[name] and plain_statistic(own[name], stat) > limit:
+            return False
+    return True
+
+
+@settings(deadline=None, max_examples=60)
+@given(loads(), slos)
+def test_columns_are_those_of_a_plain_reference(load: LoadResult, slo: dict[str, float]) -> None:
+    load = dataclasses.replace(load, drain_s=3.5)
+    found, waits = summarise(load, slo), plain_waits(load)
+    for name, values in waits.items():
+        for stat in STATISTICS if name in LATENCIES else SENT_STATISTICS:
+            expected = plain_column(values, stat)
+            assert found[f"{name}_{stat}_ms"] == (None if expected is None else pytest.approx(expected)), (name, stat)
+    for name, rate in plain_rates(load, slo).items():
+        assert found[name] == pytest.approx(rate), name
+    excess = {
+        key: min(plain_statistic(values, key.removesuffix("_ms").partition("_")[2]) / limit - 1, MAX_EXCESS)
+        if (values := waits[key.partition("_")[0]])
+        else -1.0
+        for key, limit in slo.items()
+    }
+    if in_window(load):
+        assert close(constraints_of(load, slo)["constraints"], excess)
+
+
+@settings(deadline=None, max_examples=30)
+@given(loads())
+def test_a_loads_columns_are_the_same_from_the_store(load: LoadResult) -> None:
+    row = rows.row(8)
+    with tempfile.TemporaryDirectory() as directory:
+        with Store(directory) as store:
+            store.append(row, load.records)
+        (path,) = (Path(directory) / "requests").glob("*.parquet")
+        stored = Requests.from_arrow(pq.read_table(path))
+    made = Requests.of(load.records)
+    for name in Requests.__slots__:
+        assert np.array_equal(getattr(made, name), getattr(stored, name), equal_nan=True), name
+
+
+def test_a_refused_request_is_no_unfinished_one_in_the_store_either() -> None:
+    load = load_of([W, A, D, E])
+    made = Requests.of(load.records)
+    assert (made.ok.tolist(), made.unfinished.tolist()) == ([True, True, False, False], [False, False, True, False])
+
+
+# intervals
+
+
+def test_every_figure_has_an_interval_or_is_called_unreliable() -> None:
+    found = summarise(served(6.0, 8, 1.0, 300.0, 1), {})
+    figures = [*LATENCY_METRICS, "request_rate_rps", "goodput_rps", "goodput_tokens_per_s", "prompt_tokens_per_s"]
+    for name in figures:
+        if found[name] is not None:
+            assert name in found["lo"] or name in found["interval_unreliable"]
+            assert found["lo"].get(name, -INF) <= found[name] <= found["hi"].get(name, INF), name
+        else:
+            assert name not in found["lo"]
+    assert "tpot_mean_ms" not in found["interval_unreliable"]
+    assert "e2e_p50_ms" not in found["interval_unreliable"]
+    assert all(map(math.isfinite, [*found["lo"].values(), *found["hi"].values()]))
+
+
+def test_too_few_requests_have_no_interval() -> None:
+    found = summarise(TABLE, {})
+    assert "ttft_mean_ms" not in found["lo"]
+    assert "ttft_mean_ms" in found["interval_unreliable"]
 
 
 # throughput's interval
@@ -310,15 +496,16 @@ def test_the_throughput_interval_holds_the_truth() -> None:
     """A stable server under Poisson arrivals: answers of random length, whose tokens cluster."""
     rng, rate_rps, duration_s, mean_tokens = np.random.default_rng(1), 4.0, 60.0, 20
     held = 0
-    for _ in range(200):
+    for _ in range(100):
         records = []
         for at_s in np.cumsum(rng.exponential(1 / rate_rps, size=360)) - 20.0:
             tokens = rng.geometric(1 / mean_tokens)
             records.append(record(float(at_s), (at_s + 0.1 + 0.05 * np.arange(tokens)).tolist()))
-        rate, lo, hi = token_rate(load_of(records, duration_s))
+        found = summarise(load_of(records, duration_s), {})
+        rate, lo, hi = (found[f"output_tokens_per_s{end}"] for end in ("", "_lo", "_hi"))
         assert lo <= rate <= hi
         held += lo <= rate_rps * mean_tokens <= hi
-    assert held / 200 > 0.89
+    assert held / 100 > 0.87
 
 
 # saturation
@@ -362,6 +549,45 @@ def test_a_server_that_stops_answering_is_saturated() -> None:
     assert is_saturated(load_of(records, 60.0))
 
 
+def test_a_short_window_shows_it_too() -> None:
+    found = [is_saturated(served(1.3 * 8, 8, 1.0, 10.0, seed)) for seed in range(100)]
+    stable = [is_saturated(served(0.8 * 8, 8, 1.0, 10.0, seed)) for seed in range(100)]
+    assert sum(found) >= 60
+    assert sum(stable) <= 5
+
+
+def test_what_the_server_says_waits_decides_over_what_has_no_token() -> None:
+    """Answers begin later and later, but nothing waits in the server's queue: it computes, it does not fall behind."""
+    records = [record(i / 5, (i / 5 + 0.1 + i / 50, 100.0 + i / 5), owed=100) for i in range(100)]
+    load = load_of(records, 20.0)
+    idle = [Sample(t_s=float(t), num_requests_waiting=0.0) for t in range(21)]
+    grows = [Sample(t_s=float(t), num_requests_waiting=5.0 * t) for t in range(21)]
+    assert not is_saturated(load, idle)
+    assert is_saturated(load, grows)
+
+
+def test_a_closed_loop_is_never_saturated() -> None:
+    load = served(20.0, 4, 1.0, 60.0, 0)
+    assert summarise(load, {}, arrival="poisson")["saturated"] is True
+    found = summarise(load, {}, arrival="closed")
+    assert (found["saturated"], found["sustainable_rps"]) == (False, None)
+
+
+def test_a_saturated_servers_sustainable_rate_is_its_capacity() -> None:
+    found = summarise(served(12.0, 8, 1.0, 120.0, 3), {})
+    assert found["sustainable_rps"] == pytest.approx(8.0, rel=0.05)
+    assert found["lo"]["sustainable_rps"] <= 8.0 <= found["hi"]["sustainable_rps"]
+
+
+def test_unfinished_requests_miss_the_slo() -> None:
+    answers = [record(i / 10, (i / 10 + 0.1, i / 10 + 0.2)) for i in range(50)]
+    cut = [dataclasses.replace(answer, error="unfinished") for answer in answers]
+    found = summarise(load_of([*answers[:25], *cut[25:]], 10.0), {"ttft_p50_ms": 500.0})
+    assert found["goodput_rps"] == 2.5
+    assert found["goodput_tokens_per_s"] == 5.0
+    assert constraints_of(load_of(cut, 10.0), {"ttft_p50_ms": 500.0})["constraints"]["ttft_p50_ms"] == MAX_EXCESS
+
+
 def test_being_saturated_is_no_reason_to_disbelieve() -> None:
     found = summarise(served(20.0, 4, 1.0, 60.0, 0), {})
     assert (found["saturated"], found["valid"], found["invalid_reasons"]) == (True, True, [])
@@ -378,6 +604,7 @@ GOOD: dict[str, Any] = {
     "duration_s": 100.0,
     "client_cpu_frac": 0.2,
     "throttle_frac": None,
+    "saturated": False,
 }
 
 
@@ -387,7 +614,8 @@ GOOD: dict[str, Any] = {
         ("_sent_late", {"send_lag_p99_ms": 50.0}, {"send_lag_p99_ms": 51.0}, "sent late"),
         ("_rate_off", {"delivered_rate_rps": 9.8}, {"delivered_rate_rps": 9.7}, "the schedule has 1000"),
         ("_client_busy", {"client_cpu_frac": 0.9}, {"client_cpu_frac": 0.95}, "load generator"),
-        ("_nothing_completed", {"num_completed": 1}, {"num_completed": 0}, "no request completed"),
+        ("_nothing_completed", {"num_completed": 20}, {"num_completed": 0}, "no request completed"),
+        ("_too_few", {"num_completed": 20}, {"num_completed": 19}, "only 19 requests"),
         ("_errors", {"num_failed": 10}, {"num_failed": 11}, "11 of 1000"),
         ("_throttled", {"throttle_frac": 0.2}, {"throttle_frac": 0.25}, "throttled"),
     ],
@@ -409,6 +637,77 @@ def test_late_sends_make_a_measurement_invalid() -> None:
     found = summarise(load_of(records), {})
     assert found["valid"] is False
     assert "sent late: p99 60 ms" in found["invalid_reasons"][0]
+
+
+def warming(factor: float, until_s: float, seconds: float = 100.0) -> LoadResult:
+    rng = random.Random(5)
+    ttft_s = [rng.uniform(0.05, 0.15) for _ in range(1000)]
+    at_s = [seconds * i / 1000 for i in range(1000)]
+    moments = [(t, t + w * (factor if t < until_s else 1.0)) for t, w in zip(at_s, ttft_s, strict=True)]
+    return load_of([record(t, (first, first + 0.5)) for t, first in moments], seconds)
+
+
+def test_a_warm_up_that_is_still_visible_makes_a_measurement_invalid() -> None:
+    assert summarise(warming(1.0, 10.0), {})["invalid_reasons"] == []
+    (reason,) = summarise(warming(3.0, 10.0), {})["invalid_reasons"]
+    assert "warm-up is still visible: TTFT of the window's first tenth is 3.0 times" in reason
+    assert summarise(warming(0.3, 10.0), {})["invalid_reasons"] == []  # an empty server is faster, as it should be
+    assert summarise(warming(3.0, 10.0), {}, arrival="ramp")["invalid_reasons"] == []
+
+
+def throttled(frac: float) -> list[Sample]:
+    return [Sample(t_s=t / 10, gpu_throttled=t < 100 * frac) for t in range(100)]
+
+
+def test_some_throttling_is_a_warning_and_much_is_a_reason() -> None:
+    load = warming(1.0, 0.0, seconds=10.0)
+    assert summarise(load, {}, throttled(0.05))["warnings"] == []
+    assert summarise(load, {}, throttled(0.1))["warnings"] == ["the GPU was throttled in 10% of samples"]
+    assert summarise(load, {}, throttled(0.1))["valid"] is True
+    assert "throttled" in summarise(load, {}, throttled(0.3))["invalid_reasons"][0]
+
+
+# the server's own histograms
+
+
+def server_says(ttft_s: float, itl_s: float, e2e_s: float, count: int) -> list[Sample]:
+    """A look before and one after, of which the first holds a warm-up's."""
+
+    def look(t_s: float, n: int) -> Sample:
+        names = {"ttft": ttft_s, "itl": itl_s, "e2e": e2e_s}
+        sums: dict[str, Any] = {f"server_{name}_sum_s": 7.0 + n * mean for name, mean in names.items()}
+        return Sample(t_s=t_s, **sums, **{f"server_{name}_count": 3.0 + n for name in names})
+
+    return [look(-0.5, 0), look(20.0, count)]
+
+
+def test_the_servers_means_stand_beside_ours() -> None:
+    load = load_of([record(i / 10, (i / 10 + 0.1, i / 10 + 0.3), sent_s=i / 10) for i in range(100)])
+    found = summarise(load, {}, server_says(0.097, 0.2, 0.298, 100))
+    assert found["server_ttft_mean_ms"] == pytest.approx(97.0)
+    assert found["server_itl_mean_ms"] == pytest.approx(200.0)
+    assert found["server_e2e_mean_ms"] == pytest.approx(298.0)
+    assert found["warnings"] == []
+
+
+def test_a_disagreement_with_the_server_is_a_warning() -> None:
+    load = load_of([record(i / 10, (i / 10 + 0.1, i / 10 + 0.3), sent_s=i / 10) for i in range(100)])
+    assert summarise(load, {}, server_says(0.08, 0.2, 0.3, 100))["warnings"] == [
+        "mean ttft is 100.0 ms here, 80.0 ms by the server's own count"
+    ]
+    assert summarise(load, {}, server_says(0.1, 0.2, 0.2, 100))["warnings"] == [
+        "mean e2e is 300.0 ms here, 200.0 ms by the server's own count"
+    ]
+    others = summarise(load, {}, server_says(0.05, 0.2, 0.3, 150))["warnings"]
+    assert [text.split(":")[0] for text in others] == [
+        f"the server counted 150 {name} values, the load 100" for name in ("ttft", "itl", "e2e")
+    ]
+    assert summarise(load, {}, [])["server_ttft_mean_ms"] is None
+
+
+def test_presets_are_limits_that_exist() -> None:
+    assert all(set(limits) <= set(LATENCY_METRICS) for limits in SLO_PRESETS.values())
+    assert SLO_PRESETS["mlperf-llama2-70b-interactive"] == {"ttft_p99_ms": 450.0, "tpot_p99_ms": 40.0}
 
 
 # samples
@@ -525,3 +824,9 @@ def test_a_gain_has_no_unit_and_a_mirror(baseline: list[float], candidate: list[
     assert scaled.ratio == pytest.approx(gain.ratio)
     assert mirror.ratio == pytest.approx(1 / gain.ratio)
     assert mirror.lo == pytest.approx(1 / gain.hi)
+
+
+def test_a_preset_stands_for_its_limits_in_an_experiment() -> None:
+    assert rows.experiment(slo="mlperf-llama3.1-8b-interactive").slo == {"ttft_p99_ms": 500.0, "tpot_p99_ms": 30.0}
+    with pytest.raises(InputError, match=r"slo: .*no preset\. Did you mean mlperf-llama2-70b\?.*Known: mlperf"):
+        rows.experiment(slo="mlperf-llama2-70")

@@ -193,3 +193,17 @@ def test_text_has_everything_a_person_needs() -> None:
     text = as_text(recommend(rows, experiment(), ended="space exhausted"))
     for words in ("better", "95 % interval", "max_num_seqs = 8", "out_of_memory: words", "space exhausted", "1 failed"):
         assert words in text, text
+
+
+def test_a_saturated_start_is_never_compared_by_its_latency() -> None:
+    made = experiment(objective="{minimize: ttft_p50_ms}", study="{repeats: 3}")
+    slow = {"ttft_p50_ms": 9000.0, "saturated": True}
+    rows = [
+        row(None, 50.0, ttft_p50_ms=200.0), row(4, 60.0, ttft_p50_ms=100.0),
+        *confirm(None, *[50.0] * 3, **slow), *confirm(4, *[60.0] * 3, ttft_p50_ms=100.0),
+    ]  # fmt: skip
+    answer = recommend(rows, made)
+    assert answer.winner is not None
+    assert answer.baseline is not None
+    assert (answer.winner.values, answer.baseline.values) == ([100.0] * 3, [])
+    assert answer.gain is None

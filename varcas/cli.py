@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from varcas import __version__
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
-from varcas.experiment import Experiment, Study, load_experiment
+from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
 
 app = typer.Typer(
     name="varcas",
@@ -110,6 +110,75 @@ def sweep(
     _print(answer, as_json, as_text(answer))
     print(f"results: {loaded.results}   (varcas results, varcas show N, varcas dashboard)", file=sys.stderr)
     if not answer.has_answer:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Argument(metavar="URL", help="of an OpenAI-compatible endpoint, e.g. http://host:8000")],
+    rate: Annotated[float | None, typer.Option(min=0.001, help="requests per second; open loop")] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="users in a closed loop, in place of --rate")] = None,
+    profile: Annotated[str, typer.Option(help="a built-in workload (docs/workloads.md)")] = "chat-medium",
+    data: Annotated[Path | None, typer.Option(help="your own requests, in place of --profile")] = None,
+    arrival: Annotated[
+        str | None, typer.Option(help="poisson, constant, trace, or as in the file: '{kind: gamma, burstiness: 0.5}'")
+    ] = None,
+    duration: Annotated[str, typer.Option(help="the measured window: 60s, 5m")] = "60s",
+    warmup: Annotated[str, typer.Option(help="load before the window")] = "5s",
+    drain: Annotated[str, typer.Option(help="wait for the last answers, at most")] = "30s",
+    seed: Annotated[int, typer.Option(min=0, help="of arrivals, lengths and words")] = 0,
+    model: Annotated[str | None, typer.Option(help="as the endpoint calls it [default: its only one]")] = None,
+    endpoint: Annotated[str, typer.Option(help="chat, completions, or auto")] = "auto",
+    slo: Annotated[list[str] | None, typer.Option(help="upper limit, e.g. ttft_p95_ms=500; may be repeated")] = None,
+    clients: Annotated[int, typer.Option(min=1, help="load processes; one holds some 500 requests/s")] = 1,
+    name: Annotated[str | None, typer.Option(help="study that the row belongs to [default: after the host]")] = None,
+    results: Annotated[Path, typer.Option(help="results directory")] = Path("results"),
+    as_json: Json = False,
+) -> None:
+    """Measures an endpoint that runs already. The API key is taken from VARCAS_API_KEY or OPENAI_API_KEY.
+
+    Example: `varcas load http://127.0.0.1:8000 --profile chat-medium --rate 20 --json`
+    """
+    from varcas.endpoint import measure
+    from varcas.live import Watch, load_text
+
+    if rate is None and users is None and arrival is None:
+        raise InputError("--rate: missing: requests per second, e.g. --rate 20; or --users 32 for a closed loop.")
+    given: dict[str, Any] = {
+        "profile": profile,
+        "data": str(data) if data else None,
+        "rate_rps": rate,
+        "duration_s": parse_duration(duration, "--duration"),
+        "warmup_s": parse_duration(warmup, "--warmup"),
+        "max_drain_s": parse_duration(drain, "--drain"),
+        "seed": seed,
+        "endpoint": endpoint,
+    }
+    if users is not None:
+        given["arrival"] = {"kind": "closed", "users": users}
+    elif arrival is not None:
+        given["arrival"] = parse_value(arrival)
+    workload, stopping = workload_of(given, "varcas load"), threading.Event()
+    with _signals(stopping), Watch(workload) as watch:
+        try:
+            row = measure(
+                url,
+                workload,
+                model=model,
+                name=name,
+                slo=_slo(slo or []),
+                results=results,
+                clients=clients,
+                on_progress=watch,
+                stopping=stopping,
+            )
+        except KeyboardInterrupt:
+            print(f"interrupted; what was measured is in {results}", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+    _print(row, as_json, load_text(row))
+    if row.state == "failed":
+        raise typer.Exit(VarcasError.exit_code)
+    if row.slo_met is False:
         raise typer.Exit(EXIT_NO_ANSWER)
 
 
@@ -269,7 +338,7 @@ def _require_free(port: int) -> None:
         raise InputError(f"--port: {port}: cannot be listened on ({error}). Give another, e.g. --port 8081.") from error
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, option: str = "--budget") -> float:
     """Seconds of `30m`, `2h`, `90s`, `1h30m` or plain seconds.
 
     Raises:
@@ -277,7 +346,7 @@ def parse_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     if not text.strip() or match is None:
-        raise InputError(f"--budget: {text!r}: write 30m, 2h, 1h30m or 900s.")
+        raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return hours * 3600 + minutes * 60 + seconds
 

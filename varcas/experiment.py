@@ -25,7 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from varcas.errors import InputError, nearest
-from varcas.records import LATENCY_METRICS, RATE_METRICS
+from varcas.records import LATENCY_METRICS, RATE_METRICS, SLO_PRESETS
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -94,20 +94,20 @@ class Arrival(BaseModel):
 
     model_config = STRICT
     kind: ArrivalKind = Field(
-        description="open loop: `poisson`, `constant`, `gamma` (bursts), `ramp`, `steps`, `trace` (the times in `data`); "
+        description="open loop: `poisson`, `constant`, `gamma` (bursts), `ramp`, `steps`, `trace` (times in `data`); "
         "closed loop: `closed`"
     )
     burstiness: float | None = Field(
         default=None, gt=0, description="of `gamma`: shape of the gaps; 1 is Poisson, less comes in bursts"
     )
     to_rps: float | None = Field(
-        default=None, gt=0, description="of `ramp`: the rate at the window's end; it grows or falls linearly from `rate_rps`"
+        default=None, gt=0, description="of `ramp`: the rate at the window's end; linear from `rate_rps`"
     )
     steps: list[tuple[float, float]] | None = Field(
         default=None, min_length=1, description="of `steps`: pairs of a second in the window and the rate from then on"
     )
     users: int | None = Field(
-        default=None, ge=1, description="of `closed`: how many, each of whom waits for an answer, pauses, and asks again"
+        default=None, ge=1, description="of `closed`: how many; each waits for an answer, pauses, and asks again"
     )
 
     @model_validator(mode="after")
@@ -135,7 +135,9 @@ class Workload(BaseModel):
 
     model_config = STRICT
     profile: str | dict[str, float] = Field(
-        default="chat-medium", description="a built-in workload (docs/workloads.md), or several with their shares"
+        default="chat-medium",
+        description="a built-in workload (docs/workloads.md): `chat-short`, `chat-medium`, `chat-long`, `multi-turn`, "
+        "`shared-prefix`, `rag` or `code`; or several with their shares: `{chat-short: 3, rag: 1}`",
     )
     data: str | None = Field(
         default=None, description="your own requests in place of a profile: a CSV, JSONL, Parquet or JSON file"
@@ -208,11 +210,15 @@ class Workload(BaseModel):
         if kind in ("steps", "closed") and self.rate_rps is not None:
             raise ValueError(f"rate_rps: `{kind}` sets the rate itself: take it out")
         if kind not in ("steps", "closed", "trace") and self.rate_rps is None:
-            raise ValueError("rate_rps is missing: requests per second, e.g. rate_rps: 20")
+            raise ValueError("rate_rps: missing: requests per second, e.g. rate_rps: 20")
         if kind == "trace" and self.data is None:
             raise ValueError("arrival: `trace` needs `data`: a file with times of arrival")
         if isinstance(self.profile, dict) and (not self.profile or min(self.profile.values()) <= 0):
             raise ValueError("profile: shares must be above 0, e.g. profile: {chat-short: 3, rag: 1}")
+        if self.data is not None and self.turns is not None:
+            raise ValueError("turns: the conversations in `data` have their own: take it out")
+        if self.data is not None and self.shared_prefixes is not None and not self.shared_prefix_tokens:
+            raise ValueError("shared_prefixes: say how long they are, e.g. shared_prefix_tokens: 1024")
         return self
 
 
@@ -349,7 +355,10 @@ class Experiment(BaseModel):
     baseline: Flags = Field(default_factory=dict, description="flags over `serve` of the configuration to beat")
     space: dict[str, SpaceEntry] = Field(default_factory=dict, description="flags to search")
     workload: Workload = Field(description="the traffic")
-    slo: dict[str, float] = Field(default_factory=dict, description="e.g. `ttft_p95_ms: 2000`; upper limits")
+    slo: dict[str, float] = Field(
+        default_factory=dict,
+        description="e.g. `ttft_p95_ms: 2000`; upper limits; or a preset: " + ", ".join(f"`{n}`" for n in SLO_PRESETS),
+    )
     objective: Objectives = Field(
         default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
     )
@@ -369,6 +378,15 @@ class Experiment(BaseModel):
                 raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
         return flags
 
+    @field_validator("slo", mode="before", json_schema_input_type=dict[str, float] | str)
+    @classmethod
+    def _slo_preset(cls, slo: Any) -> Any:
+        if not isinstance(slo, str):
+            return slo
+        if slo not in SLO_PRESETS:
+            raise ValueError(f"no preset.{nearest(slo, SLO_PRESETS)} Known: {', '.join(SLO_PRESETS)}")
+        return dict(SLO_PRESETS[slo])
+
     @field_validator("slo")
     @classmethod
     def _slo_keys(cls, slo: dict[str, float]) -> dict[str, float]:
@@ -376,7 +394,7 @@ class Experiment(BaseModel):
             if key not in LATENCY_METRICS:
                 raise ValueError(
                     f"{key}: no latency limit.{nearest(key, LATENCY_METRICS)} "
-                    "Allowed: ttft, tpot, itl, e2e with _mean, _p50, _p90, _p95, _p99 or _p99_9 and _ms"
+                    "Allowed: ttft, tpot, itl, e2e, norm with _mean, _p50, _p90, _p95, _p99 or _p99_9 and _ms"
                 )
             if not limit > 0:
                 raise ValueError(f"{key}: {limit:g} must be above 0")
@@ -443,6 +461,23 @@ def parse_experiment(text: str, origin: str = "<experiment>") -> Experiment:
         raise InputError("\n".join(_message(detail, lines, origin) for detail in details)) from error
 
 
+def workload_of(data: Mapping[str, Any], origin: str) -> Workload:
+    """Checks a workload that is not from a file; `origin` names it in errors. Raises InputError."""
+    try:
+        return Workload.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        inner = [{**detail, "loc": ("workload", *detail["loc"])} for detail in error.errors()]
+        raise InputError("\n".join(_message(detail, {}, origin) for detail in inner)) from error  # type: ignore[arg-type]
+
+
+def parse_value(text: str) -> Any:
+    """A value as the file has it, given on the command line. Raises InputError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{text!r}: not valid YAML: {error}") from error
+
+
 class _DuplicateKeyError(Exception):
     def __init__(self, line: int, key: str) -> None:
         super().__init__(key)
@@ -472,15 +507,24 @@ def line_of(path: tuple[str | int, ...], lines: Mapping[Place, int]) -> int:
     return lines.get(path, 1)
 
 
-TAG_AT = {"space": 2, "objective": 1, "arrival": 2}
-"""Where pydantic puts the tag of a union into an error's location."""
+TAG_AT: dict[Place, int] = {("space",): 2, ("objective",): 1, ("workload", "arrival"): 2}
+"""Where pydantic puts the tag of a union into the location of an error below that key."""
+MODELS: dict[Place, type[BaseModel]] = {
+    (): Experiment,
+    ("hardware",): Hardware,
+    ("server",): Server,
+    ("workload",): Workload,
+    ("workload", "arrival"): Arrival,
+    ("objective",): Objective,
+    ("study",): Study,
+}
 
 
 def _place(detail: ErrorDetails) -> tuple[str | int, ...]:
     """The error's location in the file."""
     loc = detail["loc"]
-    at = TAG_AT.get(str(loc[0])) if loc else None
-    return loc if at is None else (*loc[:at], *loc[at + 1 :])
+    at = next((at for below, at in TAG_AT.items() if loc[: len(below)] == below), len(loc))
+    return (*loc[:at], *loc[at + 1 :])
 
 
 def _is_misspelling(missing: ErrorDetails, others: Sequence[ErrorDetails]) -> bool:
@@ -496,9 +540,10 @@ def _is_misspelling(missing: ErrorDetails, others: Sequence[ErrorDetails]) -> bo
 def _message(detail: ErrorDetails, lines: Mapping[Place, int], origin: str) -> str:
     loc, text = _place(detail), detail["msg"].removeprefix("Value error, ")
     key, colon, rest = text.partition(": ")
-    if colon and (*loc, key.strip("'")) in lines:  # a validator of ours that names the key at fault
-        loc, text = (*loc, key.strip("'")), rest
-    field, at = ".".join(map(str, loc)) or "experiment", f"{origin}:{line_of(loc, lines)}"
+    key = key.strip("'")
+    if colon and ((*loc, key) in lines or key in _known_keys(loc)):  # a validator of ours that names the key at fault
+        loc, text = (*loc, key), rest
+    field, at = ".".join(map(str, loc)) or "experiment", f"{origin}:{line_of(loc, lines)}" if lines else origin
     if detail["type"] == "extra_forbidden":
         known = _known_keys(loc[:-1])
         return f"{at}: {field}: unknown key.{nearest(str(loc[-1]), known)} Known here: {', '.join(known)}"
@@ -511,14 +556,8 @@ def _message(detail: ErrorDetails, lines: Mapping[Place, int], origin: str) -> s
     return f"{at}: {field}: {value}{text.replace('Input should', 'should')}"
 
 
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    models: dict[str, type[BaseModel]] = {
-        "hardware": Hardware,
-        "server": Server,
-        "workload": Workload,
-        "objective": Objective,
-        "study": Study,
-    }
+def _known_keys(loc: Place) -> list[str]:
     if loc and loc[0] == "space":
         return ["choices", "low", "high", "step", "log", "when"]
-    return list((models.get(str(loc[0]), Experiment) if loc else Experiment).model_fields)
+    names = tuple(part for part in loc if isinstance(part, str))
+    return list(MODELS[names].model_fields) if names in MODELS else []

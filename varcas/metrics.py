@@ -1,4 +1,4 @@
-"""Requests to numbers: latencies, rates, SLO, saturation, trust; and the gain of one configuration over another.
+"""Requests to numbers: latencies, rates, SLO, and the gain of one configuration over another.
 
 Clock, window and formula of each metric stand in `docs/measurement.md`. Times are seconds from the window's start, on
 the load's monotonic clock. One rule for what went wrong: a request that is not `ok` has infinite latencies, so that a
@@ -8,14 +8,18 @@ server that drops requests never looks faster for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from varcas.records import LATENCIES, STATISTICS, LoadResult, RequestRecord, Sample
+from varcas.columns import Bools, Floats, Ints, Measured, Requests, token_events
+from varcas.experiment import ArrivalKind
+from varcas.intervals import Interval, mean_interval, quantile_interval, rate_interval, t_quantile
+from varcas.records import LATENCIES, SENT_STATISTICS, STATISTICS, LoadResult, Sample
+from varcas.saturation import Filling, filling
+from varcas.validity import growth, invalid_reasons, server_columns, still_warming, warnings_of
 
 PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
 """Statistic to its rank in thousandths: integers, so that no rank depends on a rounding error."""
@@ -26,18 +30,10 @@ MIN_BEYOND = 10
 MAX_EXCESS = 100.0
 """Largest value of a constraint: an infinite latency is 101 times its limit, and Optuna's sums stay finite."""
 
-NUM_BATCHES = 10
 MIN_STARTS = 3
-SEND_LAG_P99_LIMIT_MS = 50.0
-DELIVERED_TOLERANCE_FRAC = 0.02
-CLIENT_CPU_LIMIT_FRAC = 0.9
-ERROR_LIMIT_FRAC = 0.01
-THROTTLE_LIMIT_FRAC = 0.2
-BACKLOG_SIGMAS = 3.0
-BACKLOG_MIN_FRAC = 0.05
-SLOWDOWN_MIN_RATIO = 1.25
+STEADY_ARRIVALS = ("poisson", "constant", "gamma")
+"""Only under these does a slow beginning speak of a warm-up: others change their rate, or begin with a burst."""
 
-Floats = npt.NDArray[np.float64]
 Verdict = Literal["better", "worse", "inconclusive"]
 
 
@@ -45,68 +41,71 @@ Verdict = Literal["better", "worse", "inconclusive"]
 
 
 @dataclass(frozen=True, slots=True)
-class Latencies:
-    """What each request of a window waited for, in ms; infinite where it never came.
+class Series:
+    """Values of one latency in ms, infinite where it never came, in the order of their requests.
 
     Attributes:
-        ttft: scheduled arrival to first token, one a request.
-        tpot: (last token - first token) / (tokens - 1), of requests with at least two tokens.
-        itl: gaps between successive token events of all requests, and an infinite one for each token that never came.
-        e2e: scheduled arrival to last token, one a request.
+        values: all of them.
+        sizes: how many each request has; None: one each.
     """
 
-    ttft: Floats
-    tpot: Floats
-    itl: Floats
-    e2e: Floats
+    values: Floats
+    sizes: Ints | None = None
+
+    def finite(self) -> Series:
+        """Those that came."""
+        came = np.isfinite(self.values)
+        if came.all():
+            return self
+        if self.sizes is None:
+            return Series(self.values[came])
+        owners = np.repeat(np.arange(len(self.sizes)), self.sizes)[came]
+        return Series(self.values[came], np.bincount(owners, minlength=len(self.sizes)).astype(np.int64))
 
 
-def in_window(load: LoadResult) -> list[RequestRecord]:
-    """Requests that were due within [0, duration_s): a warm-up's are not."""
-    return [record for record in load.records if 0 <= record.scheduled_s < load.duration_s]
+def latencies(requests: Requests) -> dict[str, Series]:
+    """Every latency of these requests by name, `LATENCIES` and those from the send (`ttft_sent`, `e2e_sent`)."""
+    tpot = tpot_ms(requests)
+    e2e = _since(requests, requests.last_token_s, requests.scheduled_s)
+    return {
+        "ttft": Series(_since(requests, requests.first_token_s, requests.scheduled_s)),
+        "tpot": Series(tpot[~np.isnan(tpot)]),
+        "itl": gaps_ms(requests),
+        "e2e": Series(e2e),
+        "norm": Series(e2e / np.maximum(requests.output_tokens, 1.0)),
+        "ttft_sent": Series(_since(requests, requests.first_token_s, requests.sent_s)),
+        "e2e_sent": Series(_since(requests, requests.last_token_s, requests.sent_s)),
+    }
 
 
-def latencies(records: Sequence[RequestRecord]) -> Latencies:
-    """Every latency of these requests, in ms."""
-    tpots = [tpot for record in records if (tpot := tpot_ms(record)) is not None]
-    return Latencies(
-        ttft=np.array([ttft_ms(record) for record in records], dtype=np.float64),
-        tpot=np.array(tpots, dtype=np.float64),
-        itl=np.concatenate([np.empty(0), *(gaps_ms(record) for record in records)]),
-        e2e=np.array([e2e_ms(record) for record in records], dtype=np.float64),
-    )
+def _since(requests: Requests, moment_s: Floats, start_s: Floats) -> Floats:
+    """Milliseconds between two moments of each good request; infinite for any other."""
+    wait_ms = 1e3 * (moment_s - start_s)
+    return np.where(requests.ok & ~np.isnan(wait_ms), wait_ms, math.inf)
 
 
-def ttft_ms(record: RequestRecord) -> float:
-    """Scheduled arrival to first token."""
-    if not record.ok or record.first_token_s is None:
-        return math.inf
-    return 1e3 * (record.first_token_s - record.scheduled_s)
+def tpot_ms(requests: Requests) -> Floats:
+    """Time per output token after the first; NaN for a good answer of a single token, which has none."""
+    span_ms = _since(requests, requests.last_token_s, requests.first_token_s)
+    single = np.isfinite(span_ms) & (requests.output_tokens < 2)
+    return np.where(single, math.nan, span_ms / np.maximum(requests.output_tokens - 1, 1.0))
 
 
-def e2e_ms(record: RequestRecord) -> float:
-    """Scheduled arrival to last token."""
-    if not record.ok or record.last_token_s is None:
-        return math.inf
-    return 1e3 * (record.last_token_s - record.scheduled_s)
-
-
-def tpot_ms(record: RequestRecord) -> float | None:
-    """Time per output token after the first; None for a good answer of a single token, which has none."""
-    if not record.ok or record.first_token_s is None or record.last_token_s is None:
-        return math.inf
-    if record.output_tokens < 2:
-        return None
-    return 1e3 * (record.last_token_s - record.first_token_s) / (record.output_tokens - 1)
-
-
-def gaps_ms(record: RequestRecord) -> Floats:
+def gaps_ms(requests: Requests) -> Series:
     """Gaps between token events; a request that is not `ok` adds one infinite gap for each token it still owes."""
-    gaps = 1e3 * np.diff(np.asarray(record.token_offsets_s, dtype=np.float64))
-    if record.ok:
-        return gaps
-    owed = max(record.scheduled_output_tokens - sum(record.token_counts), 1)
-    return np.concatenate([gaps, np.full(owed, math.inf)])
+    events = requests.num_events
+    gaps = 1e3 * np.diff(requests.offsets_s)
+    inner = np.ones(len(gaps), dtype=np.bool_)
+    ends = requests.splits[1:-1] - 1
+    inner[ends[(ends >= 0) & (ends < len(gaps))]] = False  # from one request's last token to the next one's first
+    sizes = np.maximum(events - 1, 0)
+    if requests.ok.all():
+        return Series(gaps[inner], sizes)
+    seen = np.concatenate([[0], np.cumsum(requests.counts)])
+    got = seen[requests.splits[1:]] - seen[requests.splits[:-1]]
+    owed = np.where(requests.ok, 0, np.maximum(requests.scheduled_output_tokens - got, 1)).astype(np.int64)
+    after = np.repeat(np.cumsum(sizes), owed)
+    return Series(np.insert(gaps[inner], after, math.inf), sizes + owed)
 
 
 def percentile(values: Floats, permille: int) -> float:
@@ -124,141 +123,202 @@ def statistic(values: Floats, name: str) -> float:
     return float(values.mean()) if name == "mean" else percentile(values, PERMILLE[name])
 
 
-def reported(values: Floats, name: str) -> float | None:
+def reported(series: Series, ordered: Floats, name: str) -> float | None:
     """A statistic as a column shows it.
 
     The mean is over what came. A percentile is None where fewer than `MIN_BEYOND` observations lie beyond it, and
     where it falls among those that never came.
+
+    Args:
+        series: the latency.
+        ordered: its values, sorted.
+        name: one of `STATISTICS`.
     """
     if name == "mean":
-        came = values[np.isfinite(values)]
+        came = ordered[: np.searchsorted(ordered, math.inf)]
         return float(came.mean()) if len(came) else None
-    n = len(values)
-    if n - _rank(n, PERMILLE[name]) < MIN_BEYOND:
+    n, rank = len(ordered), _rank(len(ordered), PERMILLE[name])
+    if n - rank < MIN_BEYOND:
         return None
-    found = percentile(values, PERMILLE[name])
+    found = float(ordered[rank - 1])
     return found if math.isfinite(found) else None
 
 
 # a measurement's columns
 
 
-def summarise(load: LoadResult, slo: Mapping[str, float], samples: Sequence[Sample] = ()) -> dict[str, Any]:
+class _Columns:
+    """Columns as they come together, with the interval of each figure."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._lo: dict[str, float] = {}
+        self._hi: dict[str, float] = {}
+        self._unreliable: list[str] = []
+
+    def add(self, name: str, value: float | None, interval: Interval | None) -> None:
+        """A figure; one without an interval, and one whose interval rests on too little, is unreliable."""
+        self.values[name] = value
+        if value is None:
+            return
+        if interval is None or not interval.reliable:
+            self._unreliable.append(name)
+        if interval is not None:
+            self._lo[name] = interval.lo
+            if math.isfinite(interval.hi):
+                self._hi[name] = interval.hi
+
+    def interval(self, name: str) -> tuple[float | None, float | None]:
+        """Lower and upper end of a figure that was added."""
+        return self._lo.get(name), self._hi.get(name)
+
+    def all(self) -> dict[str, Any]:
+        return self.values | {"lo": self._lo, "hi": self._hi, "interval_unreliable": self._unreliable}
+
+
+def summarise(
+    load: LoadResult | Measured,
+    slo: Mapping[str, float],
+    samples: Sequence[Sample] = (),
+    *,
+    arrival: ArrivalKind = "poisson",
+) -> dict[str, Any]:
     """The metric columns of `TrialRow` for one load; `constraints_of` gives those of the SLO.
 
     Args:
         load: the records and their window.
-        slo: metric name to its limit in ms; decides `goodput_rps`.
+        slo: metric name to its limit in ms; decides goodput.
         samples: on the records' clock (`t_s` from the start of the window).
+        arrival: how requests came: a closed loop is never saturated, and only steady arrivals show a warm-up.
     """
-    records = in_window(load)
-    waits = latencies(records)
-    columns: dict[str, Any] = {
-        f"{name}_{stat}_ms": reported(getattr(waits, name), stat) for name in LATENCIES for stat in STATISTICS
-    }
-    columns |= _counts(records) | _rates(load, records, slo) | _client(load, records)
-    columns |= sample_columns(samples, load.duration_s)
-    columns |= {"duration_s": float(load.duration_s), "saturated": is_saturated(load)}
-    reasons = invalid_reasons(columns)
-    return columns | {"valid": not reasons, "invalid_reasons": reasons}
+    measured = _measured(load)
+    ordered = sorted(samples, key=lambda sample: sample.t_s)
+    filled = filling(measured, ordered, closed=arrival == "closed")
+    columns = _Columns()
+    _add_latencies(columns, measured.window)
+    _add_rates(columns, measured, slo, filled)
+    columns.values |= _counts(measured.window) | _client(measured)
+    columns.values |= sample_columns(ordered, measured.duration_s) | server_columns(ordered)
+    columns.values |= {
+        "duration_s": float(measured.duration_s), "saturated": filled.saturated, "ramp_s": filled.ramp_s,
+    }  # fmt: skip
+    reasons = invalid_reasons(columns.values)
+    if arrival in STEADY_ARRIVALS and not filled.saturated:
+        reasons += still_warming(measured)
+    warnings = warnings_of(columns.values, measured, ordered)
+    return columns.all() | {"valid": not reasons, "invalid_reasons": reasons, "warnings": warnings}
 
 
-def _counts(records: Sequence[RequestRecord]) -> dict[str, Any]:
-    completed = sum(record.ok for record in records)
-    unfinished = sum(not record.ok and record.error in (None, "unfinished") for record in records)
+def _measured(load: LoadResult | Measured) -> Measured:
+    return load if isinstance(load, Measured) else Measured.of_load(load)
+
+
+def _add_latencies(columns: _Columns, window: Requests) -> None:
+    for name, series in latencies(window).items():
+        came, ordered = series.finite(), np.sort(series.values)
+        for stat in STATISTICS if name in LATENCIES else SENT_STATISTICS:
+            value = reported(series, ordered, stat)
+            if value is None:
+                interval = None
+            elif stat == "mean":
+                interval = mean_interval(came.values, came.sizes)
+            else:
+                interval = quantile_interval(series.values, ordered, PERMILLE[stat], series.sizes)
+            columns.add(f"{name}_{stat}_ms", value, interval)
+
+
+def _counts(window: Requests) -> dict[str, Any]:
+    completed, unfinished = int(window.ok.sum()), int(window.unfinished.sum())
     return {
-        "num_requests": len(records),
+        "num_requests": len(window),
         "num_completed": completed,
-        "num_failed": len(records) - completed - unfinished,
+        "num_failed": len(window) - completed - unfinished,
         "num_unfinished": unfinished,
     }
 
 
-def _rates(load: LoadResult, records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[str, Any]:
-    duration_s = load.duration_s
-    rate, lo, hi = token_rate(load)
-    prompt_tokens = sum(
-        record.scheduled_prompt_tokens if record.prompt_tokens is None else record.prompt_tokens
-        for record in load.records
-        if record.first_token_s is not None and 0 <= record.first_token_s < duration_s
-    )
-    completed = sum(r.ok and r.end_s is not None and 0 <= r.end_s < duration_s for r in load.records)
-    return {
-        "output_tokens_per_s": rate,
-        "output_tokens_per_s_lo": lo,
-        "output_tokens_per_s_hi": hi,
-        "prompt_tokens_per_s": prompt_tokens / duration_s,
-        "request_rate_rps": completed / duration_s,
-        "goodput_rps": sum(is_good(record, slo) for record in records) / duration_s,
+def _add_rates(columns: _Columns, measured: Measured, slo: Mapping[str, float], filled: Filling) -> None:
+    """Rates over the window, with the drained tail, and over the steady part."""
+    requests, window, duration_s = measured.requests, measured.window, measured.duration_s
+    token_s, tokens = token_events(requests)
+    good = is_good(window, slo)
+    ended_s = requests.end_s[requests.ok]
+    began = ~np.isnan(requests.first_token_s)
+    events: dict[str, tuple[Floats, Floats]] = {
+        "output_tokens_per_s": (token_s, tokens),
+        "prompt_tokens_per_s": (requests.first_token_s[began], requests.prompt_tokens[began]),
+        "request_rate_rps": (ended_s, np.ones(len(ended_s))),
+        "goodput_rps": (window.scheduled_s[good], np.ones(int(good.sum()))),
+        "goodput_tokens_per_s": (window.scheduled_s[good], window.output_tokens[good]),
     }
+    for name, (at_s, weights) in events.items():
+        columns.add(name, *rate_interval(at_s, weights, 0.0, duration_s))
+    columns.values |= {
+        "output_tokens_per_s_lo": columns.interval("output_tokens_per_s")[0],
+        "output_tokens_per_s_hi": columns.interval("output_tokens_per_s")[1],
+    }
+    whole_s = duration_s + measured.drain_s
+    columns.values["output_tokens_per_s_drained"] = float(tokens[token_s >= 0].sum()) / whole_s
+    columns.values["request_rate_rps_drained"] = int(window.ok.sum()) / whole_s
+    steady = None if filled.ramp_s is None else rate_interval(token_s, tokens, filled.ramp_s, duration_s)
+    columns.add("output_tokens_per_s_steady", *(steady or (None, None)))
+    sustained = rate_interval(*events["request_rate_rps"], filled.steady_s, duration_s) if filled.saturated else None
+    columns.add("sustainable_rps", *(sustained or (None, None)))
 
 
-def _client(load: LoadResult, records: Sequence[RequestRecord]) -> dict[str, Any]:
+def _client(measured: Measured) -> dict[str, Any]:
     """What the load generator did: how late it sent, how much, at what cost."""
-    lags = np.array([1e3 * (r.sent_s - r.scheduled_s) for r in records if r.sent_s is not None], dtype=np.float64)
-    sent_ttft = [
-        1e3 * (r.first_token_s - r.sent_s)
-        for r in records
-        if r.ok and r.first_token_s is not None and r.sent_s is not None
-    ]
-    sent = sum(r.sent_s is not None and 0 <= r.sent_s < load.duration_s for r in load.records)
+    requests, window = measured.requests, measured.window
+    lags = 1e3 * (window.sent_s - window.scheduled_s)
+    lags = lags[~np.isnan(lags)]
+    sent = int(np.count_nonzero((requests.sent_s >= 0) & (requests.sent_s < measured.duration_s)))
     return {
-        "delivered_rate_rps": sent / load.duration_s,
+        "delivered_rate_rps": sent / measured.duration_s,
         "send_lag_p99_ms": percentile(lags, PERMILLE["p99"]) if len(lags) else None,
-        "client_cpu_frac": float(load.client_cpu_frac),
-        "ttft_sent_mean_ms": float(np.mean(sent_ttft)) if sent_ttft else None,
+        "client_cpu_frac": float(measured.client_cpu_frac),
     }
-
-
-def token_rate(load: LoadResult) -> tuple[float, float, float]:
-    """Output tokens that arrived in [0, duration_s) per second, with the 95 % interval (mean, lo, hi).
-
-    Tokens of warm-up requests that arrive in the window count: the server made them then. Tokens cluster (a request
-    brings hundreds), so the interval comes from the means of `NUM_BATCHES` equal stretches of the window, which are
-    nearly independent when a stretch is longer than a response (batch means: Law and Kelton, *Simulation Modeling and
-    Analysis*, section 9.5.3). It holds chance within this start only; starts differ by more.
-    """
-    arrivals, counts = _token_events(load.records)
-    edges = np.linspace(0.0, load.duration_s, NUM_BATCHES + 1)
-    inside = (arrivals >= 0) & (arrivals < load.duration_s)
-    batch = np.minimum(np.searchsorted(edges, arrivals[inside], side="right") - 1, NUM_BATCHES - 1)
-    tokens = np.bincount(batch, weights=counts[inside], minlength=NUM_BATCHES)
-    rate = float(tokens.sum()) / load.duration_s
-    spread = float(np.std(tokens, ddof=1)) * NUM_BATCHES / load.duration_s
-    half = t_quantile(0.975, NUM_BATCHES - 1) * spread / math.sqrt(NUM_BATCHES)
-    return rate, max(0.0, rate - half), rate + half
-
-
-def _token_events(records: Sequence[RequestRecord]) -> tuple[Floats, Floats]:
-    """Arrival time in s and tokens of every token event."""
-    sent = [record for record in records if record.sent_s is not None and record.token_offsets_s]
-    times = [np.asarray(r.token_offsets_s, dtype=np.float64) + (r.sent_s or 0.0) for r in sent]
-    counts = [np.asarray(r.token_counts, dtype=np.float64) for r in sent]
-    return np.concatenate([np.empty(0), *times]), np.concatenate([np.empty(0), *counts])
 
 
 # SLO
 
 
-def is_good(record: RequestRecord, slo: Mapping[str, float]) -> bool:
-    """Whether a request came whole and within every limit.
+def is_good(requests: Requests, slo: Mapping[str, float]) -> Bools:
+    """Which requests came whole and within every limit.
 
     A limit on any statistic is a limit on the request's own figure; for ITL, which a request has many of, the same
     statistic over its own gaps.
     """
-    return record.ok and all(_own_ms(record, key) <= limit for key, limit in slo.items())
+    good = requests.ok.copy()
+    for key, limit in slo.items():
+        good &= _own_ms(requests, key) <= limit
+    return good
 
 
-def _own_ms(record: RequestRecord, key: str) -> float:
+def _own_ms(requests: Requests, key: str) -> Floats:
+    """The figure that a limit holds a request to; 0 where it had nothing to wait for."""
     name, stat = split_key(key)
-    if name == "ttft":
-        return ttft_ms(record)
-    if name == "e2e":
-        return e2e_ms(record)
     if name == "tpot":
-        return tpot_ms(record) or 0.0
-    gaps = gaps_ms(record)
-    return statistic(gaps, stat) if len(gaps) else 0.0
+        return np.nan_to_num(tpot_ms(requests), nan=0.0, posinf=math.inf)
+    if name == "itl":
+        return _own_gaps_ms(gaps_ms(requests), stat)
+    return latencies(requests)[name].values
+
+
+def _own_gaps_ms(series: Series, stat: str) -> Floats:
+    """A statistic of each request's own gaps; 0 for a request without any."""
+    assert series.sizes is not None
+    sizes, starts = series.sizes, np.cumsum(series.sizes) - series.sizes
+    some = sizes > 0
+    own = np.zeros(len(sizes))
+    if not some.any():
+        return own
+    if stat == "mean":
+        own[some] = np.add.reduceat(series.values, starts[some]) / sizes[some]
+        return own
+    order = np.lexsort((series.values, np.repeat(np.arange(len(sizes)), sizes)))
+    ranks = np.maximum(1, -(-sizes * PERMILLE[stat] // 1000))
+    own[some] = series.values[order][(starts + ranks - 1)[some]]
+    return own
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -267,16 +327,20 @@ def split_key(key: str) -> tuple[str, str]:
     return name, rest
 
 
-def constraints_of(load: LoadResult, slo: Mapping[str, float]) -> dict[str, Any]:
+def constraints_of(load: LoadResult | Measured, slo: Mapping[str, float]) -> dict[str, Any]:
     """The columns `constraints` (SLO key to value / limit - 1) and `slo_met` (None without an SLO).
 
     Computed over every request of the window whatever their number, misses as infinite, and at most `MAX_EXCESS`:
     every key is there, on every measurement.
     """
-    records = in_window(load)
-    waits = latencies(records)
-    excess = {key: _excess(getattr(waits, split_key(key)[0]), key, limit, bool(records)) for key, limit in slo.items()}
-    return {"constraints": excess, "slo_met": all(value <= 0 for value in excess.values()) if slo else None}
+    if not slo:
+        return {"constraints": {}, "slo_met": None}
+    window = _measured(load).window
+    waits = latencies(window)
+    excess = {
+        key: _excess(waits[split_key(key)[0]].values, key, limit, bool(len(window))) for key, limit in slo.items()
+    }
+    return {"constraints": excess, "slo_met": all(value <= 0 for value in excess.values())}
 
 
 def _excess(values: Floats, key: str, limit: float, measured: bool) -> float:
@@ -287,105 +351,14 @@ def _excess(values: Floats, key: str, limit: float, measured: bool) -> float:
     return min(statistic(values, split_key(key)[1]) / limit - 1, MAX_EXCESS)
 
 
-# saturation
-
-
-def is_saturated(load: LoadResult) -> bool:
-    """Whether the server fell behind the arrivals.
-
-    Two things must hold. In the window's second half more requests arrive than end, by more than `BACKLOG_SIGMAS`
-    standard deviations of a stable server's count in flight (Poisson: variance = mean, so 2 N of a difference) and by
-    more than `BACKLOG_MIN_FRAC` of the arrivals. And requests of the last third wait longer for each of their tokens
-    than those of the first, by `SLOWDOWN_MIN_RATIO`: long answers in a short window also pile up, without slowing.
-    """
-    half_s, end_s = load.duration_s / 2, load.duration_s
-    growth = in_flight(load.records, end_s) - in_flight(load.records, half_s)
-    arrived = sum(half_s <= record.scheduled_s < end_s for record in load.records)
-    noise = BACKLOG_SIGMAS * math.sqrt(2 * in_flight(load.records, half_s) + 1)
-    return growth > max(noise, BACKLOG_MIN_FRAC * arrived) and _slows_down(load)
-
-
-def in_flight(records: Sequence[RequestRecord], at_s: float) -> int:
-    """Requests that were due before `at_s` and had not ended by then."""
-    return sum(r.scheduled_s < at_s and (r.end_s is None or r.end_s >= at_s) for r in records)
-
-
-def _slows_down(load: LoadResult) -> bool:
-    third_s = load.duration_s / 3
-    early = _token_wait_ms([r for r in in_window(load) if r.scheduled_s < third_s])
-    late = _token_wait_ms([r for r in in_window(load) if r.scheduled_s >= 2 * third_s])
-    return math.isinf(late) or late > SLOWDOWN_MIN_RATIO * early
-
-
-def _token_wait_ms(records: Sequence[RequestRecord]) -> float:
-    """Median of end-to-end latency per scheduled output token."""
-    waits = [e2e_ms(record) / max(record.scheduled_output_tokens, 1) for record in records]
-    return percentile(np.array(waits), PERMILLE["p50"]) if waits else 0.0
-
-
-# trust
-
-
-def _sent_late(columns: Mapping[str, Any]) -> str | None:
-    lag_ms = columns["send_lag_p99_ms"]
-    if lag_ms is None or lag_ms <= SEND_LAG_P99_LIMIT_MS:
-        return None
-    return f"requests were sent late: p99 {lag_ms:.0f} ms after schedule, bound {SEND_LAG_P99_LIMIT_MS:.0f} ms"
-
-
-def _rate_off(columns: Mapping[str, Any]) -> str | None:
-    """The schedule is known, so one request that crosses the window's edge is all the noise there is."""
-    asked, sent = columns["num_requests"], columns["delivered_rate_rps"] * columns["duration_s"]
-    if abs(sent - asked) <= DELIVERED_TOLERANCE_FRAC * asked + 1:
-        return None
-    return (
-        f"{sent:.0f} requests were sent in the window, the schedule has {asked}; bound {DELIVERED_TOLERANCE_FRAC:.0%}"
-    )
-
-
-def _client_busy(columns: Mapping[str, Any]) -> str | None:
-    cpu = columns["client_cpu_frac"]
-    if cpu <= CLIENT_CPU_LIMIT_FRAC:
-        return None
-    return f"the load generator was the limit: it used {cpu:.0%} of a core, bound {CLIENT_CPU_LIMIT_FRAC:.0%}"
-
-
-def _nothing_completed(columns: Mapping[str, Any]) -> str | None:
-    return None if columns["num_completed"] else "no request completed"
-
-
-def _errors(columns: Mapping[str, Any]) -> str | None:
-    failed, n = columns["num_failed"], columns["num_requests"]
-    return f"{failed} of {n} requests failed, bound {ERROR_LIMIT_FRAC:.0%}" if failed > ERROR_LIMIT_FRAC * n else None
-
-
-def _throttled(columns: Mapping[str, Any]) -> str | None:
-    share = columns["throttle_frac"]
-    if share is None or share <= THROTTLE_LIMIT_FRAC:
-        return None
-    return f"the GPU was throttled in {share:.0%} of samples, bound {THROTTLE_LIMIT_FRAC:.0%}"
-
-
-CHECKS: tuple[Callable[[Mapping[str, Any]], str | None], ...] = (
-    _sent_late, _rate_off, _client_busy, _nothing_completed, _errors, _throttled,
-)  # fmt: skip
-"""Each says in words why a measurement is not to be believed, or None. Being saturated is no reason."""
-
-
-def invalid_reasons(columns: Mapping[str, Any]) -> list[str]:
-    """Every reason not to believe a measurement, from its columns."""
-    return [reason for check in CHECKS if (reason := check(columns))]
-
-
 # samples
 
 
-def sample_columns(samples: Sequence[Sample], duration_s: float) -> dict[str, Any]:
+def sample_columns(ordered: list[Sample], duration_s: float) -> dict[str, Any]:
     """The columns that come from the server's counters (window and drain) and the GPU (window)."""
-    ordered = sorted(samples, key=lambda sample: sample.t_s)
     inside = [sample for sample in ordered if 0 <= sample.t_s <= duration_s]
-    queries, hits = _delta(ordered, "prefix_cache_queries"), _delta(ordered, "prefix_cache_hits")
-    preemptions, energy_j = _delta(ordered, "preemptions"), _energy_j(ordered, duration_s)
+    queries, hits = growth(ordered, "prefix_cache_queries"), growth(ordered, "prefix_cache_hits")
+    preemptions, energy_j = growth(ordered, "preemptions"), _energy_j(ordered, duration_s)
     memory, clocks = _seen(inside, "gpu_memory_used_bytes"), _seen(inside, "gpu_sm_clock_mhz")
     temperatures, throttled = _seen(inside, "gpu_temperature_c"), _seen(inside, "gpu_throttled")
     return {
@@ -402,14 +375,6 @@ def sample_columns(samples: Sequence[Sample], duration_s: float) -> dict[str, An
 
 def _seen(samples: Sequence[Sample], name: str) -> list[float]:
     return [float(value) for sample in samples if (value := getattr(sample, name)) is not None]
-
-
-def _delta(ordered: Sequence[Sample], name: str) -> float | None:
-    """Growth of a counter from the last look before the window (or the first within) to the last look of all."""
-    before = _seen([sample for sample in ordered if sample.t_s <= 0], name)
-    after = _seen([sample for sample in ordered if sample.t_s > 0], name)
-    seen = [*before[-1:], *after]
-    return seen[-1] - seen[0] if len(seen) > 1 else None
 
 
 def _energy_j(ordered: Sequence[Sample], duration_s: float) -> float | None:
@@ -494,16 +459,3 @@ def _welch_half(a: Floats, b: Floats) -> float:
         return 0.0
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     return t_quantile(0.975, freedom) * math.sqrt(va + vb)
-
-
-def t_quantile(p: float, freedom: float) -> float:
-    """Quantile of Student's t for p > 0.5 and freedom >= 1, within 1e-5 of tables.
-
-    With x = sqrt(freedom) tan(a) the density is proportional to cos(a) ** (freedom - 1), which is integrated over
-    half the circle and inverted.
-    """
-    angles = np.linspace(0.0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    angle = float(np.interp(2 * p - 1, mass / mass[-1], angles))
-    return math.sqrt(freedom) * math.tan(angle)

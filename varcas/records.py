@@ -12,15 +12,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MEASUREMENT_VERSION = 1
+MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "confirm"]
-LATENCIES = ("ttft", "tpot", "itl", "e2e")
+Purpose = Literal["baseline", "search", "confirm", "load"]
+LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p99_9")
 LATENCY_METRICS = tuple(f"{name}_{statistic}_ms" for name in LATENCIES for statistic in STATISTICS)
-RATE_METRICS = ("output_tokens_per_s", "request_rate_rps", "goodput_rps")
+RATE_METRICS = ("output_tokens_per_s", "request_rate_rps", "goodput_rps", "goodput_tokens_per_s")
+SENT_STATISTICS = ("mean", "p50", "p95", "p99")
+
+SLO_PRESETS: dict[str, dict[str, float]] = {
+    "mlperf-llama2-70b": {"ttft_p99_ms": 2000.0, "tpot_p99_ms": 200.0},
+    "mlperf-llama2-70b-interactive": {"ttft_p99_ms": 450.0, "tpot_p99_ms": 40.0},
+    "mlperf-llama3.1-8b": {"ttft_p99_ms": 2000.0, "tpot_p99_ms": 100.0},
+    "mlperf-llama3.1-8b-interactive": {"ttft_p99_ms": 500.0, "tpot_p99_ms": 30.0},
+}
+"""MLPerf Inference's limits for its server and interactive scenarios, by the name that `slo:` may give instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +38,23 @@ class ScheduledRequest:
 
     Attributes:
         index: position in the schedule, from 0.
-        at_s: when it is due, in seconds from the start of the window, a whole number of microseconds. With `after` it is
-            due `gap_s` after that one's end, and `at_s` is that one's own.
+        at_s: when it is due, in seconds from the start of the window, a whole number of microseconds. With `after` it
+            is due `gap_s` after that one's end, and `at_s` is that one's own.
         prompt_tokens: length of the prompt in the server's own tokens, chat template included.
         output_tokens: tokens to generate; `ignore_eos` makes the server give exactly these.
         seed: of the prompt's words: the same seed and length give the same text.
         conversation: which conversation it belongs to (a single-turn request is its own).
         turn: its place in that conversation, from 0. A later turn's prompt is what is new in it; the history, with the
             answers that the server really gave, goes before it.
-        after: index of the request whose end it waits for (the turn before, or a closed loop's user); None: `at_s` rules.
+        after: index of the request whose end it waits for (the turn before, or a closed loop's user's last one); None:
+            `at_s` rules.
         gap_s: pause after that end.
         prefix_seed: of the words of a system prompt that requests share; None without one.
         prefix_tokens: length of that system prompt, which is part of `prompt_tokens`.
         prompt: a prompt of one's own, to be sent as it is; `prompt_tokens` is then what the server counts.
+        system: a system prompt of one's own, in the same way.
+        answer: the answer that was once given: `output_tokens` is then what the server counts in it.
+        blocks: ids of the prompt's blocks of 512 tokens: prompts whose first ids agree begin alike.
     """
 
     index: int
@@ -56,6 +69,9 @@ class ScheduledRequest:
     prefix_seed: int | None = None
     prefix_tokens: int = 0
     prompt: str | None = None
+    system: str | None = None
+    answer: str | None = None
+    blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +79,9 @@ class Prompted:
     """A scheduled request with its words.
 
     Attributes:
-        request: lengths as the server counts them.
+        request: lengths as the server counts them; what its words were made from is left out.
         text: what the user says; through the completions endpoint `system` and a space go before it.
-        system: the shared system prompt; None without one.
+        system: the system prompt; None without one, and in a later turn, in whose history it stands.
     """
 
     request: ScheduledRequest
@@ -136,6 +152,12 @@ class Sample:
     output_tokens: float | None = None
     prefix_cache_queries: float | None = None
     prefix_cache_hits: float | None = None
+    server_ttft_sum_s: float | None = None
+    server_ttft_count: float | None = None
+    server_itl_sum_s: float | None = None
+    server_itl_count: float | None = None
+    server_e2e_sum_s: float | None = None
+    server_e2e_count: float | None = None
     gpu_power_w: float | None = None
     gpu_memory_used_bytes: float | None = None
     gpu_sm_clock_mhz: float | None = None
@@ -153,7 +175,9 @@ class LoadResult:
         t0_monotonic_s: the window's start on CLOCK_MONOTONIC, to lay samples over records.
         duration_s: the window.
         drain_s: time spent after the window until the last response or `max_drain_s`.
-        client_cpu_frac: CPU seconds of the load's process over the window, per second (1.0 is one core full).
+        client_cpu_frac: CPU seconds of the busiest load process over the window, per second (1.0 is one core full).
+        clients: load processes.
+        kernel_stamped_frac: share of receives whose time is the kernel's stamp; the others' is the client's own.
     """
 
     records: tuple[RequestRecord, ...]
@@ -161,6 +185,8 @@ class LoadResult:
     duration_s: float
     drain_s: float
     client_cpu_frac: float
+    clients: int = 1
+    kernel_stamped_frac: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +194,7 @@ class StageTimes:
     """Wall seconds of a trial's stages; `overhead_s` is what none of the others holds."""
 
     fetch_s: float = 0.0
+    cooldown_s: float = 0.0
     server_start_s: float = 0.0
     warmup_s: float = 0.0
     load_s: float = 0.0
@@ -234,7 +261,9 @@ class TrialRow(BaseModel):
     study: str = Field(description="the experiment's `name`")
     number: int = Field(description="running number within the study, from 0, in the order of proposal")
     server_id: str = Field(description="which server start; the unit of replication")
-    purpose: Purpose = Field(description="why it was run: `baseline`, `search` or `confirm`")
+    purpose: Purpose = Field(
+        description="why it was run: `baseline`, `search`, `confirm`, or `load` of an endpoint that ran already"
+    )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")
     state: State = Field(description="`complete`, `failed`, `infeasible` (pruned before a start) or `stopped`")
@@ -253,7 +282,8 @@ class TrialRow(BaseModel):
 
     model: str = Field(description="as the experiment names it")
     model_revision: str | None = _doc("commit of the snapshot, or content hash of the directory's configuration")
-    engine: str = Field(description="`vllm`, later `simulated`")
+    engine: str = Field(description="`vllm`; `openai`: an endpoint that ran already")
+    endpoint_url: str | None = _doc("of an endpoint that ran already (`varcas load`)")
     engine_version: str | None = _doc("version the server reports")
     simulated: bool = Field(default=False, description="true when no real server was measured")
     measured_live: bool = Field(default=False, description="true when a setting was changed on a running server")
@@ -272,8 +302,10 @@ class TrialRow(BaseModel):
 
     valid: bool | None = _doc("false when the measurement is not to be believed; null when nothing was measured")
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
+    warnings: list[str] = Field(default_factory=list, description="what is odd about it, without making it invalid")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
     fetch_s: float | None = _doc("getting the model onto this node; 0 once it is there")
+    cooldown_s: float | None = _doc("waiting for the GPU to cool before the start; no overhead")
     server_start_s: float | None = _doc("spawn to the first real completion")
     compile_s: float | None = _doc("torch.compile and graph capture, as the server's log says")
     compile_cache_hit: bool | None = _doc("the compiled graphs came from the cache")
@@ -290,11 +322,21 @@ class TrialRow(BaseModel):
     output_tokens_per_s: float | None = _doc("output tokens that arrived in the window, per second of it")
     output_tokens_per_s_lo: float | None = _doc("lower end of the 95 % interval within this start")
     output_tokens_per_s_hi: float | None = _doc("upper end of it")
+    output_tokens_per_s_drained: float | None = _doc("all output tokens, per second of window and drain")
+    output_tokens_per_s_steady: float | None = _doc("the same as `output_tokens_per_s`, from `ramp_s` on")
+    ramp_s: float | None = _doc(
+        "how long the empty server took to fill: p90 of the first 10 answers' time; null beyond half the window"
+    )
     prompt_tokens_per_s: float | None = _doc(
         "prompt tokens of requests whose first token arrived in the window, per second"
     )
     request_rate_rps: float | None = _doc("requests completed in the window, per second")
+    request_rate_rps_drained: float | None = _doc("requests of the window answered, per second of window and drain")
+    sustainable_rps: float | None = _doc(
+        "requests completed per second after the ramp-up, when saturated: what the server can take; null otherwise"
+    )
     goodput_rps: float | None = _doc("requests of the window that met every per-request SLO limit, per second")
+    goodput_tokens_per_s: float | None = _doc("output tokens of these requests, per second")
     capacity_rps: float | None = _doc("highest rate that meets the SLO")
     delivered_rate_rps: float | None = _doc("requests sent per second of the window")
     send_lag_p99_ms: float | None = _doc("sent minus scheduled, 99th percentile")
@@ -306,6 +348,9 @@ class TrialRow(BaseModel):
     ttft_p99_ms: float | None = None
     ttft_p99_9_ms: float | None = None
     ttft_sent_mean_ms: float | None = _doc("time to first token from the send")
+    ttft_sent_p50_ms: float | None = None
+    ttft_sent_p95_ms: float | None = None
+    ttft_sent_p99_ms: float | None = None
     tpot_mean_ms: float | None = _doc("(last token - first token) / (output tokens - 1), per request")
     tpot_p50_ms: float | None = None
     tpot_p90_ms: float | None = None
@@ -324,6 +369,28 @@ class TrialRow(BaseModel):
     e2e_p95_ms: float | None = None
     e2e_p99_ms: float | None = None
     e2e_p99_9_ms: float | None = None
+    e2e_sent_mean_ms: float | None = _doc("send to last token")
+    e2e_sent_p50_ms: float | None = None
+    e2e_sent_p95_ms: float | None = None
+    e2e_sent_p99_ms: float | None = None
+    norm_mean_ms: float | None = _doc("normalised latency: end-to-end / output tokens, per request")
+    norm_p50_ms: float | None = None
+    norm_p90_ms: float | None = None
+    norm_p95_ms: float | None = None
+    norm_p99_ms: float | None = None
+    norm_p99_9_ms: float | None = None
+    lo: dict[str, float] = Field(
+        default_factory=dict, description="column to the lower end of its 95 % interval within this start"
+    )
+    hi: dict[str, float] = Field(
+        default_factory=dict, description="column to the upper end of it; left out where nothing bounds it"
+    )
+    interval_unreliable: list[str] = Field(
+        default_factory=list, description="columns whose interval rests on too few independent stretches, or is missing"
+    )
+    server_ttft_mean_ms: float | None = _doc("by the server's own histogram, over window and drain")
+    server_itl_mean_ms: float | None = _doc("the same of time between tokens")
+    server_e2e_mean_ms: float | None = _doc("the same of end-to-end latency")
 
     constraints: dict[str, float] = Field(
         default_factory=dict, description="SLO key to value / limit - 1; feasible when all are at most 0"

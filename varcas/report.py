@@ -106,8 +106,14 @@ def value(row: TrialRow, objective: Objective) -> float | None:
 
 def usable(row: TrialRow, objective: Objective | None = None) -> bool:
     """Measured, to be believed, within the SLO, and not ranked by the latency of a server that was overrun."""
-    overrun = bool(row.saturated) and objective is not None and objective.metric in LATENCY_METRICS
-    return row.state == "complete" and row.valid is not False and row.slo_met is not False and not overrun
+    return (
+        row.state == "complete" and row.valid is not False and row.slo_met is not False and not overrun(row, objective)
+    )
+
+
+def overrun(row: TrialRow, objective: Objective | None) -> bool:
+    """The objective is a latency, and the server was overrun: it says how long the test ran."""
+    return bool(row.saturated) and objective is not None and objective.metric in LATENCY_METRICS
 
 
 def ranked(rows: Iterable[TrialRow], objective: Objective) -> list[TrialRow]:
@@ -238,7 +244,8 @@ def _arm(row: TrialRow | None, rows: Sequence[TrialRow], arm: str, objective: Ob
     if row is None:
         return None
     starts = confirmations(rows, arm, row.config_hash)
-    good = [s for s in starts if s.state == "complete" and s.valid is not False and value(s, objective) is not None]
+    valid = [s for s in starts if s.state == "complete" and s.valid is not False and not overrun(s, objective)]
+    good = [start for start in valid if value(start, objective) is not None]
     return Arm(
         config_hash=row.config_hash,
         flags=_flags(row),
@@ -425,8 +432,7 @@ def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experime
     role = "baseline" if row.purpose == "baseline" else f"trial {row.number}: {answer.headline}"
     lines = [
         f"varcas study {experiment.name}, {role}",
-        f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; "
-        f"{experiment.workload.described}",
+        f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; {experiment.workload.described}",
     ]
     return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+UNSORTABLE = (list[str], dict[str, str], dict[str, float])
+
+
 class Results:
     """Reads a results directory; never writes, needs no lock, works while a sweep runs.
 
@@ -49,7 +52,7 @@ class Results:
         if sort is None:
             return sorted(rows, key=lambda row: row.number)
         column = sort.removeprefix("-")
-        if column not in TrialRow.model_fields or column in ("flags", "constraints", "invalid_reasons"):
+        if column not in TrialRow.model_fields or TrialRow.model_fields[column].annotation in UNSORTABLE:
             raise InputError(f"--sort: {column!r}: no such column.{nearest(column, TrialRow.model_fields)}")
         present = [row for row in rows if getattr(row, column) is not None]
         absent = [row for row in rows if getattr(row, column) is None]
@@ -122,6 +125,7 @@ def trial_text(row: TrialRow) -> str:
         ]
     if row.invalid_reasons:
         lines.append(f"  not to be believed: {'; '.join(row.invalid_reasons)}")
+    lines += [f"  warning: {warning}" for warning in row.warnings]
     lines += ["", "flags:", *(f"  {name}: {text}" for name, text in sorted(row.flags.items()))]
     lines += ["", *_numbers(row)]
     if row.command:

@@ -13,7 +13,7 @@ from varcas.engine.fetch import check_local_model
 from varcas.engine.node import Node
 from varcas.errors import InputError, nearest
 from varcas.experiment import Server, parse_experiment
-from varcas.workload.chat import PROFILES
+from varcas.workload.profiles import PROFILES
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _lines(
     yield "  # speculative_config:              # for text that repeats its prompt"
     yield "  #   choices: [null, {method: ngram, num_speculative_tokens: {choices: [3, 5]}, prompt_lookup_max: 4}]"
     yield "workload:"
-    yield f"  profile: {profile}               # chat-short, chat-medium, chat-long"
+    yield f"  profile: {profile}               # or {', '.join(name for name in PROFILES if name != profile)}"
     yield f"  rate_rps: {rate_rps:g}                        # the traffic you expect, open loop"
     yield "  duration_s: 120                    # measured window; p95 needs 200 requests, p99 1,000"
     yield "  max_drain_s: 30"

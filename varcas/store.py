@@ -153,8 +153,15 @@ class Store:
 
     # write
 
-    def append(self, row: TrialRow, records: Iterable[RequestRecord] = (), samples: Iterable[Sample] = ()) -> None:
+    def append(
+        self, row: TrialRow, records: Iterable[RequestRecord] | pa.Table = (), samples: Iterable[Sample] = ()
+    ) -> None:
         """Puts a measurement on disk; when this returns, no kill and no power cut takes it away.
+
+        Args:
+            row: of `trials`.
+            records: its requests; or a table of them in the schema of `requests`.
+            samples: its samples.
 
         Raises:
             VarcasError: the trial is there already, the store is not open for writing, or the disk refused.
@@ -163,7 +170,8 @@ class Store:
         if row.trial_id in self._ids:
             raise VarcasError(f"{self.path}: trial {row.trial_id} is there already: a measurement is recorded once")
         name = f"{_stem(row)}.parquet"
-        parts = {"requests": _owned(row, "requests", records), "samples": _owned(row, "samples", samples)}
+        requests = records if isinstance(records, pa.Table) else _owned(row, "requests", records)
+        parts = {"requests": requests, "samples": _owned(row, "samples", samples)}
         try:
             for dataset, table in parts.items():
                 if table.num_rows:

@@ -26,7 +26,7 @@ from varcas.space import ServingConfig, Space
 from varcas.store import Store
 from varcas.study import Proposal, Study, open_study
 from varcas.trial import TrialTask, run_trial
-from varcas.workload.chat import check_workload
+from varcas.workload.schedule import check_workload, identity
 
 POLL_S = 0.25
 ANSWER_S = 300.0
@@ -169,6 +169,7 @@ class Sweeper:
     ) -> None:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
         self._make_node = node
+        self._workload = identity(experiment.workload)
         self._emit, self._stopping, self._run = on_event, stopping, run
         self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
         self._budget_s = budget_s
@@ -260,7 +261,7 @@ class Sweeper:
             "server.env": dict(e.server.env),
             "serve": dict(e.serve),
             "baseline": dict(e.baseline),
-            "workload": json.loads(e.workload.model_dump_json()),
+            "workload": self._workload,
             "slo": dict(e.slo),
             "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
         }
@@ -509,7 +510,7 @@ class Sweeper:
             "engine_version": self.facts.engine_version,
             "env": dict(self.experiment.server.env),
             "config": config.hash,
-            "workload": json.loads(self.experiment.workload.model_dump_json()),
+            "workload": self._workload,
             "live": False,
             "measurement_version": MEASUREMENT_VERSION,
         }
@@ -584,6 +585,7 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         "compile_s": facts.compile_s,
         "compile_cache_hit": facts.compile_cache_hit,
         "fetch_s": times.fetch_s,
+        "cooldown_s": times.cooldown_s,
         "server_start_s": times.server_start_s,
         "warmup_s": times.warmup_s,
         "load_s": times.load_s,
@@ -592,14 +594,15 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         "log_path": outcome.log_path,
     }
     if outcome.load is not None and outcome.load.duration_s > 0:
-        columns |= summarise(outcome.load, experiment.slo, outcome.samples)
+        columns |= summarise(outcome.load, experiment.slo, outcome.samples, arrival=experiment.workload.arrives.kind)
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
     return columns
 
 
 def _staged_s(times: StageTimes) -> float:
-    return times.fetch_s + times.server_start_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
+    started_s = times.fetch_s + times.cooldown_s + times.server_start_s
+    return started_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
 
 
 def _described(job: Job) -> str:

@@ -1,6 +1,7 @@
 """The server's `/metrics` and the GPU's state, once a second, and what they say before a start.
 
-vLLM's names are those of its V1 engine (0.24 and 0.32, `vllm/v1/metrics/loggers.py`); a counter ends in `_total`.
+vLLM's names are those of its V1 engine (0.24 and 0.32, `vllm/v1/metrics/loggers.py`); a counter ends in `_total`, a
+histogram has `_sum` and `_count`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,20 @@ COUNTERS: Mapping[str, str] = {
     "vllm:prefix_cache_queries_total": "prefix_cache_queries",
     "vllm:prefix_cache_hits_total": "prefix_cache_hits",
 }
-FIELDS = {**GAUGES, **COUNTERS}
+HISTOGRAMS: Mapping[str, str] = {
+    "vllm:time_to_first_token_seconds": "server_ttft",
+    "vllm:inter_token_latency_seconds": "server_itl",
+    "vllm:e2e_request_latency_seconds": "server_e2e",
+}
+FIELDS = {
+    **GAUGES,
+    **COUNTERS,
+    **{f"{name}_sum": f"{field}_sum_s" for name, field in HISTOGRAMS.items()},
+    **{f"{name}_count": f"{field}_count" for name, field in HISTOGRAMS.items()},
+}
+COOL_C = 70.0
+"""A GPU below this has its full clocks; T4 and H100 begin to slow down at 80 to 90 °C."""
+COOL_DOWN_LIMIT_S = 60.0
 _LINE = re.compile(r"^(vllm:\w+)(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 
 
@@ -155,6 +169,33 @@ def gpu_facts(gpus: Sequence[Gpu] | None = None) -> HostFacts:
         gpu_count=len(found),
         driver_version=found[0].driver_version if found else None,
     )
+
+
+def cool_down(
+    cancelled: threading.Event, gpus: Sequence[Gpu] | None = None, limit_s: float = COOL_DOWN_LIMIT_S
+) -> float:
+    """Waits, before a server starts, until its GPUs are below `COOL_C` and not throttled: no trial inherits heat.
+
+    Args:
+        cancelled: ends the wait when set.
+        gpus: to look at; by default those that are visible here.
+        limit_s: of the wait.
+
+    Returns:
+        Seconds waited.
+    """
+    found = hardware.gpus() if gpus is None else tuple(gpus)
+    began_s = time.monotonic()
+    while any(is_hot(hardware.state_of(gpu)) for gpu in found):
+        left_s = began_s + limit_s - time.monotonic()
+        if left_s <= 0 or cancelled.wait(min(PERIOD_S, left_s)):
+            break
+    return time.monotonic() - began_s
+
+
+def is_hot(state: GpuState) -> bool:
+    """Too warm, or throttled; what a GPU does not report is no reason to wait."""
+    return bool(state.throttled) or (state.temperature_c is not None and state.temperature_c >= COOL_C)
 
 
 def require_idle(gpus: Sequence[Gpu] | None = None) -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
-import functools
 import tempfile
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,16 +18,13 @@ from varcas.engine.node import Node, cache_dir
 from varcas.engine.vllm import HOST, VllmServer
 from varcas.errors import InputError, TrialError, VarcasError
 from varcas.experiment import Experiment
-from varcas.records import LoadResult, Outcome, RequestRecord, Sample, ServerFacts, StageTimes, State
+from varcas.measurement import Loaded, Measurement
+from varcas.records import LoadResult, Outcome, Sample, ServerFacts, StageTimes, State
 from varcas.space import ServingConfig
-from varcas.workload.chat import decide_endpoint, schedule
-from varcas.workload.driver import Load, StalledError
-from varcas.workload.prompts import fit_prompts
+from varcas.workload.chat_template import decide_endpoint
+from varcas.workload.driver import Load
 from varcas.workload.wire import Endpoint, Target
 
-WARMUP_DRAIN_S = 2.0
-"""After the warm-up's window; what still runs then is aborted, and the server waited for until it is idle."""
-IDLE_TIMEOUT_S = 15.0
 INTERRUPTED_GRACE_S = 1.0
 """A stop that was asked for from outside has little time: Ray kills a job 3 s after its SIGTERM."""
 
@@ -122,6 +117,8 @@ class _Trial:
             fetched = node.fetch()
             node.fetch_others(task.config.flags)
         telemetry.require_idle(self._gpus)
+        with self._stage("cooldown"):
+            telemetry.cool_down(self._cancelled, self._gpus)
         asked = task.endpoint or experiment.workload.endpoint
         endpoint = decide_endpoint(asked, Path(fetched.path), task.config.flags)
         with tempfile.TemporaryDirectory(prefix="varcas-load-") as work, contextlib.ExitStack() as running:
@@ -147,79 +144,29 @@ class _Trial:
         return Load.start(self._load_log, work_dir)
 
     def _load_server(self, server: VllmServer, load: Load, endpoint: Endpoint) -> None:
-        workload = self._experiment.workload
-        if workload.warmup_s:
-            with self._stage("warmup"):
-                self._run_load(server, load, endpoint, "warmup", workload.warmup_s, WARMUP_DRAIN_S)
-                self._wait_idle(server)
-        began_s = time.monotonic()
-        with telemetry.Sampler(server.url, self._gpus) as sampler:
-            try:
-                result = self._run_load(server, load, endpoint, "measure", workload.duration_s, workload.max_drain_s)
-            finally:
-                sampler.stop()
-                self._book_load(sampler, began_s)
-        if not result.records:
-            raise TrialError("all_requests_failed", f"no request came due in {workload.duration_s:g} s: lengthen it")
-        if all(record.error not in (None, "unfinished") for record in result.records):
-            raise TrialError("all_requests_failed", _commonest_error(result.records))
-
-    def _book_load(self, sampler: telemetry.Sampler, began_s: float) -> None:
-        """Keeps samples and times of a load, also of one that was cut short."""
-        if self._load is None:
-            return
-        self._samples = sampler.samples(self._load.t0_monotonic_s)
-        self._spent_s["warmup"] += max(0.0, self._load.t0_monotonic_s - began_s)  # fitting and building requests
-        self._spent_s["load"], self._spent_s["drain"] = self._load.duration_s, self._load.drain_s
-
-    def _run_load(
-        self, server: VllmServer, load: Load, endpoint: Endpoint, stream: str, duration_s: float, max_drain_s: float
-    ) -> LoadResult:
-        """One load, of which the server must have lived to see the end."""
-        workload = self._experiment.workload
-        target = Target(HOST, server.port, server.model_id, server.api_key)
-        requests = schedule(workload, start_s=0.0, duration_s=duration_s, max_len=self._max_model_len(), stream=stream)
-        fitted = fit_prompts(target, requests, endpoint=endpoint, cache_dir=cache_dir() / "prompts")
-        run = functools.partial(
-            load.run,
-            target,
-            fitted,
-            duration_s=duration_s,
-            max_drain_s=max_drain_s,
-            cache_salt=uuid.uuid4().hex,  # no prefix cache carries over from any other load
-            sampling=workload.sampling,
-            endpoint=endpoint,
-            stall_timeout_s=self._experiment.server.stall_timeout_s,
-            cancelled=self._cancelled,
-            alive=server.alive,
+        """Warm-up, window and drain; what was measured is kept, however it ended."""
+        measurement = Measurement(
+            load,
+            Loaded(
+                target=Target(HOST, server.port, server.model_id, server.api_key),
+                url=server.url,
+                endpoint=endpoint,
+                gpus=self._gpus,
+                max_model_len=self._max_model_len(),
+                alive=server.alive,
+                failure=lambda: server.failure("load"),
+            ),
+            self._experiment.workload,
+            self._experiment.server.stall_timeout_s,
+            cache_dir() / "prompts",
+            self._cancelled,
         )
-        result = self._kept(run) if stream == "measure" else run()
-        if self._cancelled.is_set():
-            raise TrialError("interrupted", f"asked to stop during the {stream} load")
-        if not server.alive():
-            raise server.failure("load")
-        return result
-
-    def _kept(self, run: Callable[[], LoadResult]) -> LoadResult:
-        """Runs a load and keeps what it measured, however it ended."""
         try:
-            result = run()
-        except StalledError as stalled:
-            self._load = stalled.load
-            raise
-        if result.duration_s > 0:  # else it was stopped before its window
-            self._load = result
-        return result
-
-    def _wait_idle(self, server: VllmServer) -> None:
-        """Waits until the server has let go of what the warm-up aborted."""
-        ends_s = time.monotonic() + IDLE_TIMEOUT_S
-        while time.monotonic() < ends_s and not self._cancelled.is_set():
-            with contextlib.suppress(OSError):
-                seen = telemetry.scrape(server.url)
-                if not seen.get("num_requests_running") and not seen.get("num_requests_waiting"):
-                    return
-            self._cancelled.wait(0.1)
+            measurement.run()
+        finally:
+            self._load, self._samples = measurement.load, measurement.samples
+            self._spent_s["warmup"] = measurement.warmup_s
+            self._spent_s["load"], self._spent_s["drain"] = measurement.load_s, measurement.drain_s
 
     def _max_model_len(self) -> int | None:
         named = self._task.config.flags.get("max_model_len")
@@ -251,6 +198,7 @@ class _Trial:
         spent = self._spent_s
         return StageTimes(
             fetch_s=spent["fetch"],
+            cooldown_s=spent["cooldown"],
             server_start_s=spent["server_start"],
             warmup_s=spent["warmup"],
             load_s=spent["load"],
@@ -271,8 +219,3 @@ def _ours_as_trial_error(server: VllmServer) -> Iterator[None]:
         if not server.alive():
             raise server.failure("load") from error
         raise TrialError("worker_lost", str(error)) from error
-
-
-def _commonest_error(records: tuple[RequestRecord, ...]) -> str:
-    (error, count), *_ = collections.Counter(record.error for record in records).most_common(1)
-    return f"{count} of {len(records)} requests: {error}"

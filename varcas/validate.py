@@ -10,7 +10,7 @@ from varcas.engine.fetch import check_local_model
 from varcas.engine.node import Node
 from varcas.experiment import Experiment
 from varcas.space import Space
-from varcas.workload.chat import check_workload
+from varcas.workload.schedule import check_workload
 
 CHECKED_AT_MOST = 200
 """Configurations of the space that are put to vLLM; a further one costs 3 ms, but a large space has millions."""

@@ -27,8 +27,8 @@ EXPERIMENT: dict[str, Any] = {
     "space": {"max_num_seqs": {"choices": [1, 2, 4, 8]}},
     "workload": {
         "profile": "chat-short",
-        "rate_rps": 10,
-        "duration_s": 1.5,
+        "rate_rps": 15,
+        "duration_s": 3.0,
         "warmup_s": 0.5,
         "max_drain_s": 1.0,
     },

@@ -11,9 +11,9 @@ from varcas.engine.failures import read_log
 from varcas.engine.vllm import HOST, VllmServer
 from varcas.experiment import Workload
 from varcas.records import LoadResult
-from varcas.workload.chat import schedule
 from varcas.workload.driver import Load
 from varcas.workload.prompts import Fitted, fit_prompts
+from varcas.workload.schedule import schedule
 from varcas.workload.wire import Endpoint, Target
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -75,7 +75,8 @@ def measured(load: Load, server: VllmServer, target: Target, fitted: Fitted, end
 
 
 def check(result: LoadResult, fitted: Fitted) -> None:
-    for record, (request, _) in zip(result.records, fitted, strict=True):
+    for record, one in zip(result.records, fitted, strict=True):
+        request = one.request
         assert record.error is None
         assert record.prompt_tokens == record.scheduled_prompt_tokens == request.prompt_tokens
         assert record.output_tokens == sum(record.token_counts) == request.output_tokens

@@ -50,6 +50,10 @@ def full_row(number: int) -> TrialRow:
         "purpose": "confirm",
         "state": "failed",
         "constraints": {"ttft_p95_ms": -0.25, "e2e_p99_9_ms": 100.0},
+        "lo": {"ttft_mean_ms": 1.5},
+        "hi": {"ttft_mean_ms": 2.5},
+        "interval_unreliable": ["ttft_p99_ms"],
+        "warnings": ["the GPU was throttled in 10% of samples"],
         "invalid_reasons": ["requests were sent late", "ünïcode → 日本"],
         "started_at": STARTED,
     }

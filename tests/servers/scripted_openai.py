@@ -4,6 +4,9 @@
 
 A token is a whitespace-separated word; the chat template costs 5. The bytes on the wire are vLLM 0.32's behind uvicorn:
 headers at once, the role chunk just before the first token, one HTTP chunk and one send per event.
+
+With `--faults`, a prompt with the word `fault:KIND` is answered in another way: `WIRES` are ways that HTTP allows, and
+`FAULTS` are not answers at all.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ import json
 import math
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, TextIO
@@ -45,6 +50,83 @@ finally:
     segment.close()
     segment.unlink()
 """
+
+
+JSON_ERROR = b'{"error":{"message":"too much\\nof it","type":"BadRequestError","code":400}}'
+HTML_ERROR = b"<html><head><title>502 Bad Gateway</title></head></html>"
+DELAY_S = 0.003
+"""Between segments that are meant to come apart."""
+CHUNKED, CLOSE = "transfer-encoding: chunked", "connection: close"
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One way of putting events on the wire.
+
+    Attributes:
+        framing: the header that tells where the body ends.
+        before: comes before the head.
+        extension: after each chunk's size.
+        trailers: after the last chunk.
+        edit: of each event.
+        segment: bytes a send; None: an event each; 0: all in one.
+        chunk: bytes a chunk; None: an event each.
+    """
+
+    framing: str = CHUNKED
+    before: bytes = b""
+    extension: bytes = b""
+    trailers: bytes = b""
+    edit: Callable[[bytes], bytes] = lambda event: event
+    segment: int | None = None
+    chunk: int | None = None
+
+
+WIRES = {
+    "split": Wire(segment=41),
+    "bytewise": Wire(segment=1),
+    "merged": Wire(segment=0),
+    "rechunked": Wire(chunk=7, segment=50),
+    "extensions": Wire(extension=b';a="b"'),
+    "trailers": Wire(trailers=b"x-sum: 0\r\n"),
+    "interim": Wire(before=b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"),
+    "length": Wire(framing="content-length: %d"),
+    "close": Wire(framing=CLOSE),
+    "last": Wire(framing=f"{CHUNKED}\r\n{CLOSE}"),
+    "crlf": Wire(edit=lambda event: event.replace(b"\n", b"\r\n"), segment=30),
+    "nospace": Wire(edit=lambda event: event.replace(b"data: ", b"data:")),
+    "comments": Wire(edit=lambda event: b": ping\n\nevent: message\nid: 1\n" + event),
+}
+"""Ways that HTTP and server-sent events allow: each must be read as the usual one."""
+
+FAULTS: dict[str, Callable[[bytes, list[bytes]], list[bytes | None]]] = {
+    "reset_before": lambda head, chunks: [None],
+    "close_before": lambda head, chunks: [b""],
+    "close_in_head": lambda head, chunks: [head[:20], b""],
+    "reset_midway": lambda head, chunks: [head, *chunks[:3], chunks[3][:30], None],
+    "close_midway": lambda head, chunks: [head, *chunks[:3], chunks[3][:30], b""],
+    "garbage": lambda head, chunks: [b"SSH-2.0-OpenSSH_9\r\n\r\n", b""],
+    "bad_chunk": lambda head, chunks: [head, *chunks[:3], b"zz\r\n"],
+    "truncated_json": lambda head, chunks: [head, _chunk(b'data: {"choices": [{"ind\n\n'), *chunks],
+    "stream_error": lambda head, chunks: [head, _chunk(b'data: {"error": {"message": "EngineDead"}}\n\n'), *chunks],
+    "no_finish": lambda head, chunks: [head, *(chunk.replace(b'"length"', b"    null") for chunk in chunks)],
+    "stall": lambda head, chunks: [head, *chunks[:3]],
+    "hang": lambda head, chunks: [],
+    "http_400": lambda head, chunks: [_whole(b"400 Bad Request", b"application/json", JSON_ERROR)],
+    "http_502": lambda head, chunks: [_whole(b"502 Bad Gateway", b"text/html", HTML_ERROR)],
+    "http_503": lambda head, chunks: [_whole(b"503 Service Unavailable", b"text/plain", b"")],
+    "not_streamed": lambda head, chunks: [_whole(b"200 OK", b"application/json", b"{}")],
+}
+"""What a broken server sends, given a good head and good chunks: pieces, an empty one to close, None to reset."""
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _whole(status: bytes, content_type: bytes, body: bytes) -> bytes:
+    lines = b"HTTP/1.1 %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
+    return lines % (status, content_type, len(body)) + body
 
 
 @dataclass
@@ -123,6 +205,10 @@ class Refused(Exception):
         self.status = status
         kind = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError"}[status]
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": int(status)}}
+
+
+class Closing(Exception):
+    """The answer ends with its connection."""
 
 
 class Engine:
@@ -236,6 +322,21 @@ class Engine:
             self.stamps.flush()
 
 
+def fault(words: list[str]) -> str:
+    """Returns what the last `fault:KIND` of a prompt asks for, or an empty string."""
+    kinds = [word.partition(":")[2] for word in words if word.startswith("fault:")]
+    return kinds[-1] if kinds else ""
+
+
+def cut(data: bytes, size: int) -> list[bytes]:
+    """Returns pieces of so many bytes."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n".encode()
+
+
 def tokenize(body: Mapping[str, Any]) -> list[str]:
     """Returns the words of a prompt or of messages in their template."""
     if "messages" in body:
@@ -273,6 +374,8 @@ class Client:
             while request := await self.read():
                 try:
                     await self.answer(request)
+                except Closing:
+                    break
                 except Refused as refused:
                     self.send_json(refused.body, refused.status)
                 except (KeyError, TypeError, AttributeError) as error:
@@ -334,8 +437,11 @@ class Client:
         await self.misbehave(self.engine.seen)
         generation = self.engine.plan(request.path.startswith("/v1/chat"), request.body)
         sends: list[tuple[str, float]] = []
+        kind = fault(generation.words) if self.options.faults else ""
         try:
-            if request.body.get("stream"):
+            if kind:
+                await self.answer_otherwise(kind, generation)
+            elif request.body.get("stream"):
                 await self.stream(generation, sends)
             else:
                 async for _ in self.engine.tokens(generation, self):
@@ -346,7 +452,58 @@ class Client:
             row = {"received_s": request.received_s, "path": request.path, "sends": sends}
             row |= {"cache_salt": request.body.get("cache_salt"), "prompt_tokens": len(generation.words)}
             row |= {"max_tokens": request.body.get("max_tokens"), "completion_tokens": generation.num_tokens}
+            row |= {"prompt": " ".join(generation.words)}
             self.engine.stamp(row | {"aborted": self.left})
+
+    async def answer_otherwise(self, kind: str, generation: Generation) -> None:
+        """Answers in a way of `WIRES`, or as `FAULTS` has it."""
+        events = [event async for event in self.events(generation)]
+        good = head(HTTPStatus.OK, "text/event-stream; charset=utf-8", CHUNKED)
+        if kind in WIRES:
+            await self.send_over(WIRES[kind], events)
+            return
+        for piece in FAULTS[kind](good, [*map(_chunk, events), b"0\r\n\r\n"]):
+            if piece is None:
+                linger = struct.pack("ii", 1, 0)  # closing is then a reset
+                self.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            if not piece:
+                raise Closing
+            self.writer.write(piece)
+            await self.writer.drain()
+            await asyncio.sleep(DELAY_S)
+        while kind in ("stall", "hang") and not self.left:
+            await asyncio.sleep(0.05)
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        """Yields the events of a stream, each when it is due."""
+        always = (generation.body.get("stream_options") or {}).get("continuous_usage_stats")
+        async for number in self.engine.tokens(generation, self):
+            usage = generation.usage(number + 1) if always else None
+            yield _event(generation.chunk([generation.token_choice(number)], usage))
+        yield _event(generation.chunk([], generation.usage(generation.num_tokens)))
+        yield b"data: [DONE]\n\n"
+
+    async def send_over(self, wire: Wire, events: list[bytes]) -> None:
+        """Sends events in one of the ways there are."""
+        edited = [wire.edit(event) for event in events]
+        body = b"".join(edited)
+        framing = wire.framing % len(body) if "%d" in wire.framing else wire.framing
+        pieces = [wire.before + head(HTTPStatus.OK, "text/event-stream; charset=utf-8", framing)]
+        if CHUNKED in framing:
+            parts = edited if wire.chunk is None else cut(body, wire.chunk)
+            pieces += [b"%x%b\r\n%b\r\n" % (len(part), wire.extension, part) for part in parts]
+            pieces.append(b"0\r\n" + wire.trailers + b"\r\n")
+        else:
+            pieces += edited
+        raw = b"".join(pieces)
+        segments = pieces if wire.segment is None else cut(raw, wire.segment or len(raw))
+        for number, segment in enumerate(segments):
+            self.writer.write(segment)
+            if number % 64 == 0:
+                await asyncio.sleep(DELAY_S)
+        await self.writer.drain()
+        if CLOSE in framing:
+            raise Closing
 
     async def misbehave(self, number: int) -> None:
         """Dies, hangs or fails at the request with this number, counted from 1."""
@@ -468,6 +625,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--die-after-requests", type=int, help="SIGKILL itself on the next completion")
     parser.add_argument("--hang-after-requests", type=int, help="never answer a later completion")
     parser.add_argument("--fail-requests-frac", type=float, default=0.0, help="this share gets a 500, evenly spread")
+    parser.add_argument("--faults", action="store_true", help="obey `fault:KIND` in prompts")
     parser.add_argument("--refuse-chat", action="store_true", help="as a model without a chat template")
     parser.add_argument("--print", dest="text", help="to stderr, at the start")
     parser.add_argument("--exit", dest="status", type=int, help="exit so instead of listening")

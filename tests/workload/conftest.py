@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -31,10 +34,14 @@ class Server:
     target: Target
     stamps_path: Path
 
-    def stamps(self) -> list[dict[str, Any]]:
-        """What it noted of each completion that a load asked for (the probe for one token is left out)."""
-        rows = [json.loads(line) for line in self.stamps_path.read_text().splitlines()]
-        return [row for row in rows if row["max_tokens"] != 1]
+    def stamps(self, num: int = 0) -> list[dict[str, Any]]:
+        """What it noted of each completion, once there are so many: a note is written after the answer."""
+        ends_s = time.monotonic() + 5
+        while True:
+            rows = [json.loads(line) for line in self.stamps_path.read_text().splitlines()]
+            if len(rows) >= num or time.monotonic() > ends_s:
+                return rows
+            time.sleep(0.02)
 
     def alive(self) -> bool:
         return self.process.poll() is None
@@ -89,3 +96,75 @@ def own_load(tmp_path: Path) -> Iterator[Load]:
     """A child for a test that ends it or looks at its files."""
     with Load.start(tmp_path / "load.log", tmp_path / "load") as started:
         yield started
+
+
+class Raw:
+    """A TCP server that answers each request with the next script: pieces, sent as they are, 5 ms apart.
+
+    An empty piece closes the connection, None resets it.
+    """
+
+    def __init__(self) -> None:
+        self.scripts: list[list[bytes | None]] = []
+        self.num_used = 0  # connections with a request; others are opened ahead of time
+        self.num_requests = 0
+        self.heads: list[bytes] = []
+        self.bodies: list[Any] = []
+        self.max_read_bytes = 2**40
+        self.accepting = threading.Event()
+        self.accepting.set()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.target = Target("127.0.0.1", self.socket.getsockname()[1], "m")
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            self.accepting.wait()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self.serve, args=[connection], daemon=True).start()
+
+    def serve(self, connection: socket.socket) -> None:
+        with connection:
+            for number in itertools.count():
+                if not self.read(connection):
+                    return
+                self.num_used += number == 0
+                self.num_requests += 1
+                script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+                for piece in script:
+                    if piece is None:
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                    if not piece:
+                        return
+                    connection.sendall(piece)
+                    time.sleep(0.005)
+
+    def read(self, connection: socket.socket) -> bool:
+        data = b""
+        while b"\r\n\r\n" not in data:
+            more = connection.recv(65536)
+            if not more:
+                return False
+            data += more
+        head, _, body = data.partition(b"\r\n\r\n")
+        self.heads.append(head + b"\r\n")
+        length = int(
+            next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split()[1]
+        )
+        wanted = min(length, self.max_read_bytes)
+        while len(body) < wanted:
+            body += connection.recv(65536)
+        if len(body) == length:
+            self.bodies.append(json.loads(body))
+        return True
+
+
+@pytest.fixture
+def raw() -> Iterator[Raw]:
+    server = Raw()
+    yield server
+    server.socket.close()

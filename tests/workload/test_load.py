@@ -2,40 +2,43 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.workload.conftest import API_KEY, Server, StartServer
-from tests.workload.test_wire import DONE, HEAD, ROLE, event, response, token
+from tests.workload.conftest import API_KEY, Raw, Server, StartServer
+from tests.workload.test_wire import DONE, HEAD, ROLE, response, token
 from varcas.child import free_port
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Workload
-from varcas.records import LoadResult, ScheduledRequest
-from varcas.workload.chat import schedule
+from varcas.records import LoadResult, Prompted, ScheduledRequest
 from varcas.workload.driver import Load
 from varcas.workload.prompts import fit_prompts
+from varcas.workload.schedule import schedule
 from varcas.workload.wire import Target
 
 pytestmark = pytest.mark.timeout(60)
 
-Requests = Sequence[tuple[ScheduledRequest, str]]
+Requests = Sequence[Prompted]
 
 
 def every(gap_s: float, num: int, output_tokens: int = 8, prompt: str = "one two three") -> Requests:
     prompt_tokens = 5 + len(prompt.split())
-    return [(ScheduledRequest(i, i * gap_s, prompt_tokens, output_tokens, i, i), prompt) for i in range(num)]
+    return [asked(i, i * gap_s, prompt_tokens, output_tokens, prompt) for i in range(num)]
+
+
+def asked(index: int, at_s: float, prompt_tokens: int, output_tokens: int, text: str = "one two three") -> Prompted:
+    return Prompted(ScheduledRequest(index, at_s, prompt_tokens, output_tokens, index, index), text)
 
 
 def run(load: Load, target: Target, requests: Requests, **more: Any) -> LoadResult:
     defaults: dict[str, Any] = {
-        "duration_s": 1.0,
+        "duration_s": 0.5,
         "max_drain_s": 10.0,
         "cache_salt": "salt",
         "sampling": {},
@@ -53,14 +56,14 @@ def errors(result: LoadResult) -> set[str | None]:
 
 def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: StartServer, tmp_path: Path) -> None:
     server = start_server("--max-num-seqs", "512", "--ttft-ms", "30", "--itl-ms", "10")
-    workload = Workload(profile="chat-short", rate_rps=50, duration_s=2.5, max_tokens=160)
-    requests = schedule(workload, start_s=0, duration_s=2.5, max_len=2048, stream="measure")
+    workload = Workload(profile="chat-short", rate_rps=60, duration_s=1.5, max_tokens=160)
+    requests = schedule(workload, start_s=0, duration_s=1.5, max_len=2048, stream="measure")
     fitted = fit_prompts(server.target, requests, endpoint="chat", cache_dir=tmp_path / "cache")
-    result = run(load, server.target, fitted, duration_s=2.5)
+    result = run(load, server.target, fitted, duration_s=1.5)
 
     assert [record.index for record in result.records] == list(range(len(requests)))
     assert errors(result) == {None}
-    for record, (request, _) in zip(result.records, fitted, strict=True):
+    for record, request in zip(result.records, [one.request for one in fitted], strict=True):
         assert record.prompt_tokens == record.scheduled_prompt_tokens == request.prompt_tokens
         assert record.output_tokens == record.scheduled_output_tokens == request.output_tokens
         assert sum(record.token_counts) == len(record.token_counts) == len(record.token_offsets_s)
@@ -73,7 +76,7 @@ def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: Start
         assert record.last_token_s is not None
         assert record.end_s >= record.last_token_s
         assert (record.finish_reason, record.http_status, record.ok) == ("length", 200, True)
-    assert result.duration_s == 2.5
+    assert result.duration_s == 1.5
     assert 0 < result.client_cpu_frac < 1
     assert 0 <= result.drain_s < 5
 
@@ -88,7 +91,7 @@ def test_what_is_recorded_is_what_the_server_did(load: Load, start_server: Start
 def stamp_errors(server: Server, result: LoadResult) -> tuple[list[float], list[float]]:
     """Ours minus the server's own stamps, of first tokens and of all: requests are matched by their lengths."""
     rows: dict[tuple[int, int], list[list[float]]] = {}
-    for row in server.stamps():
+    for row in server.stamps(len(result.records)):
         times = [at_s for kind, at_s in row["sends"] if kind == "token"]
         rows.setdefault((row["prompt_tokens"], row["max_tokens"]), []).append(times)
     for alike in rows.values():
@@ -120,7 +123,7 @@ def test_what_the_drain_leaves_is_unfinished_and_keeps_its_tokens(load: Load, st
     for record in result.records:
         assert 0 < record.output_tokens == sum(record.token_counts) < 50
         assert record.finish_reason is None
-        assert record.end_s == pytest.approx(1.5, abs=0.3)
+        assert record.end_s == pytest.approx(1.0, abs=0.3)
     deadline_s = time.monotonic() + 5
     while len(server.stamps()) < 5 and time.monotonic() < deadline_s:
         time.sleep(0.05)
@@ -143,7 +146,7 @@ def test_a_model_without_a_template_refuses_each_chat_but_completes(load: Load, 
     server = start_server("--refuse-chat")
     result = run(load, server.target, every(0.1, 3))
     assert {record.http_status for record in result.records} == {400}
-    requests = [(ScheduledRequest(0, 0.0, 3, 8, 0, 0), "one two three")]
+    requests = [asked(0, 0.0, 3, 8)]
     result = run(load, server.target, requests, endpoint="completions")
     assert (result.records[0].prompt_tokens, result.records[0].output_tokens) == (3, 8)
 
@@ -181,7 +184,7 @@ def test_a_server_that_falls_silent_hangs_and_the_child_goes_on(load: Load, star
 
 def test_heads_without_tokens_are_no_sign_of_life(load: Load, raw: Raw) -> None:
     """A hung engine behind a living HTTP server: each new request still gets its head at once."""
-    raw.scripts = [PROBED, [HEAD + b"transfer-encoding: chunked\r\n\r\n"]]
+    raw.scripts = [[HEAD + b"transfer-encoding: chunked\r\n\r\n"]]
     begun_s = time.monotonic()
     with pytest.raises(TrialError, match="hung"):
         run(load, raw.target, every(0.1, 100), duration_s=10.0, stall_timeout_s=0.5)
@@ -209,13 +212,13 @@ def test_one_child_serves_many_loads_alike(load: Load, start_server: StartServer
     server = start_server()
     for salt in ("one", "two"):
         assert errors(run(load, server.target, every(0.02, 50), cache_salt=salt)) == {None}
-    salts = [row["cache_salt"] for row in server.stamps()]
+    salts = [row["cache_salt"] for row in server.stamps(100)]
     assert salts == ["one"] * 50 + ["two"] * 50
 
 
 def test_times_before_the_window_are_negative(load: Load, start_server: StartServer) -> None:
     server = start_server()
-    requests = [(ScheduledRequest(i, at_s, 8, 4, i, i), "one two three") for i, at_s in enumerate((-1.0, -0.5, 0.5))]
+    requests = [asked(i, at_s, 8, 4) for i, at_s in enumerate((-1.0, -0.5, 0.5))]
     result = run(load, server.target, requests)
     assert errors(result) == {None}
     assert [record.sent_s for record in result.records] == pytest.approx([-1.0, -0.5, 0.5], abs=0.2)
@@ -227,8 +230,8 @@ def test_the_key_is_in_no_argument_log_or_file(own_load: Load, start_server: Sta
 
     def look() -> bool:
         seen.extend(path.read_bytes() for path in (tmp_path / "load").iterdir() if path.exists())
-        seen.append(Path(f"/proc/{own_load.pid}/cmdline").read_bytes())
-        seen.append(Path(f"/proc/{own_load.pid}/environ").read_bytes())
+        seen.append(Path(f"/proc/{own_load.pids[0]}/cmdline").read_bytes())
+        seen.append(Path(f"/proc/{own_load.pids[0]}/environ").read_bytes())
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "load").iterdir())
         return False
 
@@ -243,7 +246,7 @@ def test_a_child_that_is_killed_is_an_error_in_words(own_load: Load, start_serve
     server = start_server("--itl-ms", "50")
 
     def kill() -> bool:
-        os.kill(own_load.pid, signal.SIGKILL)
+        os.kill(own_load.pids[0], signal.SIGKILL)
         return False
 
     with pytest.raises(VarcasError, match=r"the load's process ended with -9; see .*load\.log"):
@@ -259,78 +262,17 @@ def test_a_child_that_is_told_to_end_hands_over_what_there_is(
 
     def end() -> bool:
         if time.monotonic() - begun_s > 1.5:
-            stdin = own_load._child.stdin
+            stdin = own_load._children[0].stdin
             assert stdin is not None
-            stdin.close() if way == "end of input" else os.kill(own_load.pid, signal.SIGTERM)
+            stdin.close() if way == "end of input" else os.kill(own_load.pids[0], signal.SIGTERM)
         return False
 
     result = run(own_load, server.target, every(0.1, 300, output_tokens=10), duration_s=30.0, cancelled=end)
     assert errors(result) == {None, "unfinished", "not sent"}
-    assert own_load._child.wait(5) == 0
-
-
-class Raw:
-    """A TCP server that answers each request with the next script: pieces, sent as they are, 5 ms apart.
-
-    An empty piece closes the connection, None resets it.
-    """
-
-    def __init__(self) -> None:
-        self.scripts: list[list[bytes | None]] = []
-        self.num_connections = 0
-        self.num_requests = 0
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.target = Target("127.0.0.1", self.socket.getsockname()[1], "m")
-        threading.Thread(target=self.accept, daemon=True).start()
-
-    def accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            self.num_connections += 1
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self.serve, args=[connection], daemon=True).start()
-
-    def serve(self, connection: socket.socket) -> None:
-        with connection:
-            while self.read(connection):
-                self.num_requests += 1
-                script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-                for piece in script:
-                    if piece is None:
-                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                    if not piece:
-                        return
-                    connection.sendall(piece)
-                    time.sleep(0.005)
-
-    def read(self, connection: socket.socket) -> bool:
-        data = b""
-        while b"\r\n\r\n" not in data:
-            more = connection.recv(65536)
-            if not more:
-                return False
-            data += more
-        head, _, body = data.partition(b"\r\n\r\n")
-        length = int(
-            next(line for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")).split()[1]
-        )
-        while len(body) < length:
-            body += connection.recv(65536)
-        return True
-
-
-@pytest.fixture
-def raw() -> Iterator[Raw]:
-    server = Raw()
-    yield server
-    server.socket.close()
+    assert own_load._children[0].wait(5) == 0
 
 
 WHOLE, _ = response([ROLE, token("a", [1]), token("bc", [2, 3]), token("d", [4], "length"), DONE])
-PROBED: list[bytes | None] = [WHOLE]
 
 
 def split(raw_bytes: bytes, size: int) -> list[bytes | None]:
@@ -361,7 +303,7 @@ def split(raw_bytes: bytes, size: int) -> list[bytes | None]:
 def test_whatever_comes_over_the_wire_is_one_row(
     load: Load, raw: Raw, script: list[bytes | None], counts: tuple[int, ...], error: str | None
 ) -> None:
-    raw.scripts = [PROBED, script]
+    raw.scripts = [script]
     result = run(load, raw.target, every(0.1, 2), duration_s=0.3)
     for record in result.records:
         assert record.token_counts == counts
@@ -372,46 +314,58 @@ def test_whatever_comes_over_the_wire_is_one_row(
 
 
 def test_a_connection_closed_while_idle_is_not_the_servers_failure(load: Load, raw: Raw) -> None:
-    raw.scripts = [PROBED, [WHOLE, None], [WHOLE, b""], [WHOLE, None], [WHOLE]]
-    result = run(load, raw.target, every(0.2, 4), duration_s=1.0)
+    """Both ways: seen before the next request, and only once that is on its way."""
+    raw.scripts = [[WHOLE, None], [WHOLE, b""], [WHOLE], [b""], [WHOLE], [None], [WHOLE]]
+    result = run(load, raw.target, every(0.6, 5), duration_s=2.5)
     assert errors(result) == {None}
-    assert raw.num_connections == 5
-    assert all(r.sent_s is not None and r.sent_s - r.scheduled_s < 0.02 for r in result.records)
+    assert raw.num_requests == 5 + 2
+    assert all(r.sent_s is not None and r.sent_s - r.scheduled_s < 0.1 for r in result.records)
+
+
+def test_a_connection_that_breaks_under_load_is_the_servers_failure(load: Load, raw: Raw) -> None:
+    raw.scripts = [[WHOLE], [b""], [WHOLE], [None], [WHOLE]]
+    result = run(load, raw.target, every(0.1, 5))
+    assert [(r.error or "").partition(":")[0] for r in result.records] == [
+        "",
+        "connection closed before the response",
+        "",
+        "connection broke",
+        "",
+    ]
+    assert raw.num_requests == 5
+
+
+def test_the_retry_is_the_only_one(load: Load, raw: Raw) -> None:
+    raw.scripts = [[WHOLE], [b""], [b""], [WHOLE]]
+    result = run(load, raw.target, every(0.7, 3), duration_s=2.0)
+    assert [r.error for r in result.records] == [None, "connection closed before the response", None]
+    assert raw.num_requests == 3 + 1
 
 
 def test_connections_are_reused_while_they_are_young(load: Load, raw: Raw) -> None:
     raw.scripts = [[WHOLE]]
     assert errors(run(load, raw.target, every(0.1, 10))) == {None}
-    assert raw.num_connections == 2  # the probe has its own
-    assert raw.num_requests == 11
+    assert (raw.num_used, raw.num_requests) == (1, 10)  # and nothing was asked but that
 
 
-def counting_texts(ways: Callable[[int], dict[str, Any]]) -> bytes:
-    events = [event({"delta": {"content": "ab"}, "finish_reason": None}, **ways(2))]
-    return response([*events, event({"delta": {"content": "c"}, "finish_reason": "length"}, **ways(3)), DONE])[0]
-
-
-def test_a_server_without_token_ids_or_running_usage_is_counted_by_its_texts(load: Load, raw: Raw) -> None:
-    raw.scripts = [[counting_texts(lambda _: {})]]
-    result = run(load, raw.target, every(0.1, 2), duration_s=0.3)
-    assert [record.token_counts for record in result.records] == [(1, 1), (1, 1)]
-    assert raw.num_requests == 3 + 2  # each way is tried once
-    run(load, raw.target, every(0.1, 2), duration_s=0.3)
-    assert raw.num_requests == 3 + 2 + 2
-
-
-def test_a_server_with_running_usage_is_counted_by_it(load: Load, raw: Raw) -> None:
-    raw.scripts = [[counting_texts(lambda n: {"usage": {"prompt_tokens": 8, "completion_tokens": n}})]]
-    result = run(load, raw.target, every(0.1, 2), duration_s=0.3)
-    assert [record.token_counts for record in result.records] == [(2, 1), (2, 1)]
-    assert [record.output_tokens for record in result.records] == [3, 3]
+def test_a_server_that_is_slow_to_accept_is_waited_for(load: Load, raw: Raw) -> None:
+    """Its kernel takes the connection and the request; the wait is the server's own."""
+    raw.scripts = [[WHOLE]]
+    run(load, raw.target, every(0.1, 1))
+    raw.accepting.clear()
+    threading.Timer(1.5, raw.accepting.set).start()
+    record, *_ = run(load, raw.target, every(0.0, 1)).records
+    assert record.error is None
+    assert record.sent_s is not None
+    assert record.sent_s < 0.3
+    assert record.token_offsets_s[0] > 0.3
 
 
 def test_a_big_load_is_handed_over_quickly(load: Load, start_server: StartServer) -> None:
     """2,400 requests of 256 tokens cross the pipe and the files in well under a second each way."""
     server = start_server()
     run(load, server.target, every(0.1, 1), duration_s=0.1)
-    requests = [(ScheduledRequest(i, 0.0, 300, 256, i, i), "w " * 295) for i in range(2400)]
+    requests = [asked(i, 0.0, 300, 256, "w " * 295) for i in range(2400)]
     cancelled = threading.Event()
     cancelled.set()
     begun_s = time.monotonic()
