@@ -117,6 +117,7 @@ class Pool:
             raise
         self._running: dict[Any, tuple[str, Any, int]] = {}  # result ref → key, actor, GPUs
         self._remote_worker = ray.remote(_Worker)
+        self._prestart: Callable[[], Any] | None = None
 
     @property
     def busy(self) -> bool:
@@ -139,7 +140,7 @@ class Pool:
         self._running[actor.run.remote(work, payload)] = (key, actor, num_gpus if self.slots.on_gpu else 1)
 
     def prepare(self) -> None:
-        """Has a worker process stand by on each node, so that the next actor starts in 0.4 s rather than in 1 s.
+        """Has a worker process stand by, so that the next actor starts in 0.4 s rather than in 1 s.
 
         Ray's own call for it is not public: where it is refused, or missing in another version, nothing is lost but
         that time. Only in a Ray of our own: elsewhere such workers would lie about on nodes that do not need them.
@@ -147,7 +148,9 @@ class Pool:
         if not self._is_local:
             return
         with suppress(Exception):
-            _prestart(self._ray)
+            if self._prestart is None:
+                self._prestart = _prestarter(self._ray)
+            self._prestart()
 
     def finished(self, timeout_s: float = 1.0) -> list[Finished]:
         """Waits up to `timeout_s` for the next pieces of work to end."""
@@ -254,8 +257,11 @@ class _Service:
         self._object.close()
 
 
-def _prestart(ray: Any) -> None:
-    """Asks each raylet for one more worker (src/ray/protobuf/node_manager.proto, `PrestartWorkers`; Ray 2.60)."""
+def _prestarter(ray: Any) -> Callable[[], Any]:
+    """Returns what asks the raylet of a local Ray for one more worker, without waiting for its answer.
+
+    src/ray/protobuf/node_manager.proto, `PrestartWorkers`; Ray 2.60.
+    """
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 
@@ -267,11 +273,10 @@ def _prestart(ray: Any) -> None:
         keep_alive_duration_secs=STAND_BY_S,
         num_workers=1,
     )
-    for node in ray.nodes():
-        if node["Alive"]:
-            channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-            with channel:
-                services.NodeManagerServiceStub(channel).PrestartWorkers(asked, timeout=PRESTART_TIMEOUT_S)
+    (node,) = ray.nodes()
+    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    call = services.NodeManagerServiceStub(channel).PrestartWorkers
+    return lambda: call.future(asked, timeout=PRESTART_TIMEOUT_S)
 
 
 def _first_line(error: Exception) -> str:
