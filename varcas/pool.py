@@ -107,6 +107,7 @@ class Pool:
         self._owns_ray = not ray.is_initialized()
         self._is_local = self._owns_ray and not address and not in_ray_job()
         self._reaper = _start_reaper() if self._is_local else None
+        self._prestart: tuple[Callable[[], Any], Any] | None = None
         if self._owns_ray:
             with _own_sigterm():
                 _connect(ray, address, ray_options)
@@ -117,7 +118,6 @@ class Pool:
             raise
         self._running: dict[Any, tuple[str, Any, int]] = {}  # result ref → key, actor, GPUs
         self._remote_worker = ray.remote(_Worker)
-        self._prestart: Callable[[], Any] | None = None
 
     @property
     def busy(self) -> bool:
@@ -150,7 +150,7 @@ class Pool:
         with suppress(Exception):
             if self._prestart is None:
                 self._prestart = _prestarter(self._ray)
-            self._prestart()
+            self._prestart[0]()
 
     def finished(self, timeout_s: float = 1.0) -> list[Finished]:
         """Waits up to `timeout_s` for the next pieces of work to end."""
@@ -205,6 +205,8 @@ class Pool:
         """Kills what still runs (its guardians end the servers) and leaves Ray, which it stops if it started it."""
         for _, actor, _ in getattr(self, "_running", {}).values():
             self._ray.kill(actor)
+        if self._prestart is not None:
+            self._prestart[1].close()  # open, it would print a line when the raylet goes
         if self._owns_ray:
             self._ray.shutdown()
         if self._reaper is not None:
@@ -257,8 +259,8 @@ class _Service:
         self._object.close()
 
 
-def _prestarter(ray: Any) -> Callable[[], Any]:
-    """Returns what asks the raylet of a local Ray for one more worker, without waiting for its answer.
+def _prestarter(ray: Any) -> tuple[Callable[[], Any], Any]:
+    """Returns what asks the raylet of a local Ray for one more worker without waiting for its answer, and its channel.
 
     src/ray/protobuf/node_manager.proto, `PrestartWorkers`; Ray 2.60.
     """
@@ -276,7 +278,7 @@ def _prestarter(ray: Any) -> Callable[[], Any]:
     (node,) = ray.nodes()
     channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
     call = services.NodeManagerServiceStub(channel).PrestartWorkers
-    return lambda: call.future(asked, timeout=PRESTART_TIMEOUT_S)
+    return lambda: call.future(asked, timeout=PRESTART_TIMEOUT_S), channel
 
 
 def _first_line(error: Exception) -> str:
