@@ -491,8 +491,9 @@ class Sweeper:
         return number
 
     def _attempts(self, config: ServingConfig) -> int:
-        running = sum(job.proposal.config.hash == config.hash for job, _ in self._jobs.values())
-        return sum(row.config_hash == config.hash for row in self._rows) + running
+        key = config.hash
+        running = sum(job.proposal.config.hash == key for job, _ in self._jobs.values())
+        return sum(row.config_hash == key for row in self._rows) + running
 
     def _log_dir(self) -> Path:
         return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
