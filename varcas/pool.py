@@ -343,9 +343,10 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
     if f"accelerator_type:{gpu}" in cluster:
         resources[f"accelerator_type:{gpu}"] = 0.001
     elif not hardware.resource and hardware.gpu != "auto":
+        here = "`hardware: {gpu: auto}` for what is here" if total else "`hardware: {gpu: cpu}` to measure on the CPU"
         there = f"{total} GPU(s) of type {', '.join(types) or 'unknown'}" if total else "no GPU"
         raise InputError(
-            f"hardware.gpu: {gpu!r}: not here: Ray sees {there}. Write `hardware: {{gpu: auto}}` for what is here, "
+            f"hardware.gpu: {gpu!r}: not here: Ray sees {there}. Write {here}, "
             "join a cluster that has it with --address, or mark its nodes with a custom resource and name that in "
             "`hardware.resource`."
         )
