@@ -54,7 +54,7 @@ class TrivialNode:
     def flag_names(self) -> list[str]:
         return ["max_num_seqs", "max_num_batched_tokens"]
 
-    def check(self, argv: list[str]) -> Checked:
+    def check(self, argv: list[str], endpoint: str) -> Checked:
         return Checked(ok=True, resolved={"max_num_seqs": argv[-1]})
 
     def close(self) -> None:

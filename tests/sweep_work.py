@@ -60,6 +60,11 @@ def by_seqs(task: TrialTask, cancelled: threading.Event) -> Outcome:
     return outcome(100 + 10 * seqs)
 
 
+def lacks_files(task: TrialTask, cancelled: threading.Event) -> Outcome:
+    """No configuration starts."""
+    return outcome(1, state="failed", load=None, failure_kind="bad_model_files", failure_detail="no weights found")
+
+
 def ends_before_its_window(task: TrialTask, cancelled: threading.Event) -> Outcome:
     """A server that dies between warm-up and window."""
     empty = LoadResult((), 0.0, 0.0, 0.0, 0.0)

@@ -332,6 +332,23 @@ def open_fds() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.parametrize("how", ["ends", "is killed", "cannot start"])
+def test_a_scratch_directory_goes_with_its_program(tmp_path: Path, how: str) -> None:
+    inside = tmp_path / "tmp"
+    inside.mkdir()
+    script = 'mkdir "$TMPDIR/a"; touch "$TMPDIR/a/b"; ' + ("sleep 60" if how == "is killed" else "exit 0")
+    argv = ["/no/such/program"] if how == "cannot start" else ["/bin/sh", "-c", script]
+    env = {"TMPDIR": str(inside), "PATH": os.environ["PATH"]}
+    with contextlib.suppress(OSError), Child.start(argv, env=env, log=tmp_path / "log", scratch=True) as child:
+        assert child.scratch is not None
+        assert child.scratch.parent == inside
+        if how == "is killed":
+            assert eventually((child.scratch / "a" / "b").exists)
+        child.stop(0)
+        assert not child.scratch.exists()
+    assert eventually(lambda: not list(inside.iterdir()))
+
+
 def test_the_owner_keeps_no_zombie_thread_or_descriptor(tmp_path: Path) -> None:
     children, fds, threads = own_children(), open_fds(), threading.active_count()
     for script in ("exit 0", "sleep 60", "kill -9 $$"):

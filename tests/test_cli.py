@@ -16,7 +16,9 @@ from tests.e2e.sweeps import ROOT, varcas, write_experiment
 from tests.rows import confirm, experiment, failed, row
 from varcas.cli import parse_duration
 from varcas.errors import InputError
+from varcas.live import Progress, reason
 from varcas.store import Store
+from varcas.sweeper import Event, Plan
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -52,7 +54,7 @@ def refused(run_directory: Path, *arguments: str | Path) -> str:
         ({"space": {"max_num_seq": {"choices": [1]}}}, ["max_num_seq", "Did you mean max_num_seqs?"]),
         ({"baseline": {"max_num_seqs": 0}}, ["max_num_seqs", "0", "refuses"]),
         ({"model": "nowhere/at/all"}, ["model", "nowhere/at/all", "config.json"]),
-        ({"hardware": {"gpu": "T4"}}, ["hardware.gpu", "'T4'", "no GPU", "auto"]),
+        ({"hardware": {"gpu": "T4"}}, ["experiment.yaml:5: hardware.gpu", "'T4'", "no GPU", "gpu: cpu"]),
         ({"results": "/proc/results"}, ["/proc/results"]),
         ({"server": {"python": "/nowhere/python"}}, ["server.python", "/nowhere/python", "pip install"]),
         ({"study": {"storage": "mysql://x"}}, ["study.storage", "mysql"]),
@@ -131,6 +133,55 @@ def test_show_says_what_failed_and_how_to_reproduce_it(store: Path) -> None:
     assert "no such trial" in err
 
 
+def test_show_groups_what_was_measured_and_prints_no_zeros_of_a_failure(tmp_path: Path) -> None:
+    stages = {"fetch_s": 0.0, "server_start_s": 40.0, "load_s": 0.0}
+    measured: dict[str, Any] = {"num_requests": 54, "num_unfinished": 31, "ttft_mean_ms": 3.5, "slo_met": True}
+    cut = {"state": "stopped", "failure_kind": "interrupted", "valid": False, "request_rate_rps": 3.25}
+    of = experiment(slo="{ttft_p95_ms: 500}")
+    with Store(tmp_path / "results") as opened:
+        opened.append(row(None, 100, number=0, constraints={"ttft_p95_ms": -0.486}, **stages, **measured))
+        opened.append(failed(4, number=1, **stages))
+        opened.append(row(8, 77.7, number=2, **stages, **cut))
+        opened.save_study("t", {"fingerprint": {}, "experiment": json.loads(of.model_dump_json())})
+    where = ["--results", tmp_path / "results"]
+    _, out, _ = said("show", "0", *where)
+    for words in ("rates:", "latency in ms:", "timing:", "ttft_p95_ms 257 of 500 ms: met", "-: fewer than 10"):
+        assert words in out, words
+    _, out, _ = said("show", "1", *where)
+    assert "until it failed:\n\ntiming:\n  server_start_s: 40\n\n" in out
+    _, out, err = said("results", *where)
+    assert "ok, 31 of 54 unfinished" in out
+    assert "77.7" not in out
+    assert "3.25" not in out
+    assert "-: fewer than 10" in err
+
+
+def test_a_line_of_a_failure_holds_its_first_sentence_alone() -> None:
+    assert reason("Traceback\n  File\nValueError: at 0.5 of 1. Try another. Or") == "ValueError: at 0.5 of 1"
+    assert len(reason("x" * 500)) == 160
+
+
+def test_trials_are_counted_within_their_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan("t", 4, 4, 1, 3, 6, 40.0, 10.0, None, 1)
+    with Progress() as progress:
+        progress(Event("plan", plan=plan))
+        progress(Event("start", text="trial 1: a=1", number=1))
+        progress(Event("row", row=row(8, number=1)))
+        progress(Event("confirm", text="confirming", total=2))
+        progress(Event("start", text="trial 2: a=1", number=2))
+        progress(Event("plan", plan=Plan("t", 4, 4, 4, 0, 0, 40.0, 10.0, None, 1)))
+    err = capsys.readouterr().err
+    for words in ("up to 3 server starts", "[2/4] trial 1: a=1: starting", "[2/4] trial 1: max_num_seqs=8: ok",
+                  "[1/2] trial 2", "nothing left to run"):  # fmt: skip
+        assert words in err, err
+
+
+def test_two_formats_at_once_are_refused(store: Path) -> None:
+    code, _, err = said("results", "--results", store, "--json", "--csv")
+    assert code == 2
+    assert "give one of them" in err
+
+
 def test_recommend_as_text_and_json(store: Path) -> None:
     code, out, _ = said("recommend", "--results", store)
     assert code == 0
@@ -199,13 +250,13 @@ def test_init_refuses_what_it_does_not_know(arguments: list[str], words: list[st
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("900s", 900), ("90", 90), ("1.5h", 5400)]
+    ("text", "seconds"), [("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("900s", 900), ("1.5h", 5400)]
 )
 def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "soon", "3d", "-5m"])
+@pytest.mark.parametrize("text", ["", "soon", "3d", "-5m", "30", "1h30"])
 def test_durations_that_are_none(text: str) -> None:
     with pytest.raises(InputError):
         parse_duration(text)
@@ -220,3 +271,56 @@ def test_help_of_every_command_has_an_example_and_loads_no_heavy_library() -> No
     heavy = "import sys, varcas.cli; print([m for m in ('ray','optuna','locust','vllm','duckdb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_budget_is_refused_before_anything_is_read() -> None:
+    code, _, err = said("sweep", "nowhere.yaml", "--budget", "30")
+    assert (code, err) == (2, "error: --budget: '30': has no unit: write 30s or 30m.\n")
+
+
+def test_validate_says_what_sweep_says_and_equal_refusals_once(tmp_path: Path, model_dir: Path) -> None:
+    path = write_experiment(tmp_path, model_dir, serve={"max_model_len": "lots"})
+    code, out, err = said("validate", path)
+    assert code == 2
+    assert "asking vLLM" in err
+    assert out.count("lots") == 1, out
+    assert "refuses the baseline" in out
+    assert "4 configurations of the space fail alike" in out
+    swept = refused(tmp_path, "sweep", path)
+    assert swept.removeprefix("error: ").partition(";")[0] in out
+
+
+def test_validate_notes_what_is_not_here(tmp_path: Path, model_dir: Path) -> None:
+    path = write_experiment(tmp_path, model_dir, hardware={"gpu": "B9000"}, server={"python": "/nowhere/python"})
+    code, out, _ = said("validate", path)
+    assert code == 0
+    for words in ("server.python: /nowhere/python: not on this machine", "B9000", "Did you mean B", "no weights"):
+        assert words in out, out
+
+
+def test_doctor_looks_for_weights(tmp_path: Path, model_dir: Path) -> None:
+    code, out, _ = said("doctor", write_experiment(tmp_path, model_dir), "--json")
+    model = next(check for check in json.loads(out)["checks"] if check["name"] == "model")
+    assert (code, model["status"]) == (1, "missing")
+    assert "load_format: dummy" in model["fix"]
+
+
+def test_validate_checks_the_sampler(tmp_path: Path, model_dir: Path) -> None:
+    code, out, err = said("validate", write_experiment(tmp_path, model_dir, study={"sampler": "tpee"}), "--json")
+    assert (code, out) == (2, "")
+    assert "Did you mean tpe?" in err
+
+
+def test_init_of_a_directory_without_weights_writes_random_ones(model_dir: Path) -> None:
+    assert "load_format: dummy" in said("init", model_dir)[1]
+
+
+def test_the_package_lists_what_it_offers() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import varcas; print(dir(varcas))"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    assert all(f"'{name}'" in done.stdout for name in ("sweep", "load_experiment", "Results"))

@@ -42,14 +42,14 @@ def test_every_experiment_in_the_repository_is_well_formed(path: Path) -> None:
         (GOOD + "hardwre: {}\n", ["x.yaml:4", "hardwre", "Did you mean hardware?", "Known here"]),
         (GOOD + "hardware:\n  gpu: T4\n  cont: 2\n", ["x.yaml:6", "hardware.cont", "count"]),
         (GOOD + "study: {trials: many}\n", ["x.yaml:4", "study.trials", '"many"', "integer"]),
-        (GOOD + "study: {trials: 0}\n", ["x.yaml:4", "study.trials", "0", "greater than or equal to 1"]),
+        (GOOD + "study: {trials: 0}\n", ["x.yaml:4", "study.trials", "0", "must be at least 1"]),
         ("name: t\nmodel: m\nworkload: {profile: chat-short}\n", ["x.yaml:3", "workload.rate_rps", "missing"]),
         (GOOD + "name: again\n", ["x.yaml:4", "name", "twice"]),
         ("a: [1\n", ["x.yaml:", "not valid YAML"]),
         ("- 1\n", ["x.yaml:1", "mapping"]),
         (GOOD + "space:\n  max_num_seqs: [1, 2]\n", ["x.yaml:5", "max_num_seqs", "{choices: [1, 2]}"]),
         (GOOD + "space:\n  a: {choices: [1]}\n  max_num_seqs: {choises: [1]}\n", ["x.yaml:6", "choises", "choices"]),
-        (GOOD + "space:\n  max_num_seqs: {choices: []}\n", ["x.yaml:5", "max_num_seqs", "at least 1"]),
+        (GOOD + "space:\n  max_num_seqs: {choices: []}\n", ["x.yaml:5", "max_num_seqs", "must not be empty"]),
         (GOOD + "space:\n  max_num_seqs: {choices: [8, 8]}\n", ["x.yaml:5", "8", "twice"]),
         (GOOD + "space:\n  max_num_seqs: {low: 8, high: 2}\n", ["x.yaml:5", "low 8 is above high 2"]),
         (GOOD + "serve:\n  max-num-seqs: 8\n", ["x.yaml:5", "max-num-seqs", "max_num_seqs"]),
@@ -86,7 +86,11 @@ def test_every_experiment_in_the_repository_is_well_formed(path: Path) -> None:
         (WORKLOAD + "  data: x.csv\n  shared_prefixes: 2\n", ["x.yaml:6: workload.shared_prefixes: say how long"]),
         (GOOD + "objective: [{maximise: e2e_p50_ms}]\n", ["x.yaml:4", "maximise", "Did you mean maximize"]),
         (GOOD + "serve: {a: 2026-01-01}\n", ["quote the value"]),
-        (GOOD.replace("name: t", "name: a/b"), ["x.yaml:1", "name", "pattern"]),
+        (GOOD.replace("name: t", "name: a/b"), ["x.yaml:1", "name", "letters, digits"]),
+        (GOOD + "hardware: H100\n", ["x.yaml:4", "hardware", '"H100"', "must be a mapping"]),
+        (GOOD + "space:\n  a: {low: x, high: 3}\n", ["x.yaml:5", "space.a.low", '"x"', "must be a number"]),
+        (GOOD + "server: {env: {X: true}}\n", ["x.yaml:4", "server.env.X", "true", 'e.g. "1"']),
+        (GOOD + "objective: {maximize: tokens_per_second}\n", ["Did you mean output_tokens_per_s?"]),
     ],
 )
 def test_bad_input_says_where_what_and_what_instead(text: str, words: list[str]) -> None:
@@ -138,6 +142,22 @@ def test_a_secret_is_not_repeated_in_the_error() -> None:
 def test_every_error_of_a_file_is_shown_at_once() -> None:
     message = error(GOOD + "hardwre: {}\nstudy: {trials: x}\n")
     assert len(message.splitlines()) == 2
+
+
+def test_numbers_in_the_environment_are_taken_as_text() -> None:
+    assert parse_experiment(GOOD + "server: {env: {X: 1, Y: 0.5, Z: a}}\n").server.env == {
+        "X": "1",
+        "Y": "0.5",
+        "Z": "a",
+    }
+
+
+def test_a_message_about_a_key_gets_its_place() -> None:
+    experiment = parse_experiment(GOOD + "space:\n  a: {choices: [1]}\n", "x.yaml")
+    assert experiment.located("space.a.when: 'b': no") == "x.yaml:5: space.a.when: 'b': no"
+    assert experiment.located("workload.profile: 'b': no") == "x.yaml:3: workload.profile: 'b': no"
+    assert experiment.located("x.yaml:5: space.a: no") == "x.yaml:5: space.a: no"
+    assert experiment.located("--budget: no") == "--budget: no"
 
 
 def test_a_file_that_is_not_there() -> None:

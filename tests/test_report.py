@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.rows import confirm, experiment, failed, row
 from varcas.experiment import Experiment
 from varcas.records import TrialRow
-from varcas.report import as_text, pareto_front, ranked, recommend, write_scripts
+from varcas.report import (
+    as_text,
+    limit_text,
+    limits_of,
+    pareto_front,
+    ranked,
+    recommend,
+    settings_text,
+    write_scripts,
+)
 
 STEADY = [100.0, 101.0, 99.0]
 BETTER = [120.0, 121.0, 119.0]
@@ -207,3 +219,67 @@ def test_a_saturated_start_is_never_compared_by_its_latency() -> None:
     assert answer.baseline is not None
     assert (answer.winner.values, answer.baseline.values) == ([100.0] * 3, [])
     assert answer.gain is None
+
+
+def test_a_large_gain_is_a_ratio() -> None:
+    answer = recommend([row(None, 100), row(8, 750), *confirm(None, *STEADY), *confirm(8, 750, 760, 740)], experiment())
+    assert answer.headline.startswith("7.5x (95 % interval 7.")
+    assert "the baseline's output_tokens_per_s" in answer.headline
+
+
+def test_a_winner_that_kept_up_has_a_gain_that_is_a_floor() -> None:
+    held: dict[str, Any] = {"saturated": False, "delivered_rate_rps": 9.8}
+    rows = [row(None, 100), row(8, 130, **held), *confirm(None, *STEADY), *confirm(8, *BETTER, **held)]
+    warning = "kept up with all 10 requests/s (9.8 delivered): raise rate_rps to find its limit; the gain is at least"
+    assert warning in as_text(recommend(rows, experiment()))
+    rows = [*rows[:2], *confirm(None, *STEADY), *confirm(8, *BETTER[:2], **held), *confirm(8, 121, saturated=True)]
+    assert "kept up" not in as_text(recommend(rows, experiment()))
+
+
+def test_each_limit_of_the_slo_is_told_with_its_figure_from_the_worst_fresh_start() -> None:
+    of = experiment(slo="{ttft_p95_ms: 500}")
+    met = [{"slo_met": True, "constraints": {"ttft_p95_ms": excess}} for excess in (-0.9, -0.5, -0.486)]
+    rows = [row(None, 100, **met[0]), row(8, 130, **met[0]), *confirm(None, *STEADY, **met[0])]
+    rows += [c for value, columns in zip(BETTER, met, strict=True) for c in confirm(8, value, **columns)]
+    text = as_text(recommend(rows, of))
+    assert "SLO at 10 requests/s, in the worst start:\n  ttft_p95_ms 257 of 500 ms: met\n" in text
+    assert limit_text(limits_of({"ttft_p95_ms": 100.0}, of.slo)[0]) == "ttft_p95_ms never came, 500 ms: missed"
+
+
+def test_saturation_is_no_matter_where_goodput_under_a_met_slo_ranks() -> None:
+    met: dict[str, Any] = {"slo_met": True, "constraints": {"ttft_p95_ms": -0.1}, "goodput_rps": 5.0}
+    rows = [row(None, 100, **met), row(8, 130, **met | {"saturated": True, "goodput_rps": 6.0})]
+    by_goodput = experiment(slo="{ttft_p95_ms: 500}", objective="{maximize: goodput_rps}")
+    assert "beyond what the server can take" not in as_text(recommend(rows, by_goodput))
+    assert "beyond what the server can take" in as_text(recommend(rows, experiment()))
+
+
+def test_random_weights_are_warned_of(tmp_path: Path) -> None:
+    dummy = json.dumps({"load_format": "dummy"})
+    rows = [row(None, 100, config_json=dummy)]
+    assert "random weights" in as_text(recommend(rows, experiment()))
+    script = write_scripts(rows, experiment(), tmp_path)
+    assert script is not None
+    assert "# load_format: dummy" in Path(script).read_text()
+
+
+def test_an_unconfirmed_winner_is_said_to_be_so_with_the_command_that_confirms_it() -> None:
+    text = as_text(recommend([row(None, 100), row(8, 130)], experiment()), "varcas sweep e.yaml --repeats 3")
+    assert "Deploy (unconfirmed):" in text
+    assert "To confirm it:\n  varcas sweep e.yaml --repeats 3" in text
+
+
+def test_a_script_holds_the_python_that_measured(tmp_path: Path) -> None:
+    script = write_scripts([row(None, 100)], experiment(), tmp_path)
+    assert script is not None
+    assert f"python={sys.executable}\n" in Path(script).read_text()
+    script = write_scripts([row(None, 100)], experiment(server="{python: /nowhere/python}"), tmp_path)
+    assert script is not None
+    done = subprocess.run([script], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "there is no /nowhere/python here: set PYTHON to one with vLLM 0.32.0" in done.stderr
+
+
+def test_settings_are_told_as_they_are_given() -> None:
+    assert settings_text({"a": 1, "b": "none", "c": {"d": 2}}, {"a": 1, "c": {"d": 2}}) == 'a=1 b left out c={"d":2}'
+    assert settings_text({"kv": "none"}, {"kv": "none"}) == "kv=none"

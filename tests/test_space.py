@@ -144,6 +144,15 @@ def test_command_can_be_pasted_into_a_shell() -> None:
     assert shlex.split(made.command("/opt/my python"))[3:] == made.argv()
 
 
+def test_command_works_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    command = ServingConfig("model", None, {"max_num_seqs": 8}).command("/opt/python", {"B": "1", "A": "x y"})
+    words = ["A=x y", "B=1", "/opt/python", "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    assert shlex.split(command) == [*words, str(tmp_path / "model"), "--max-num-seqs", "8"]
+    assert command.startswith("A='x y' B=1 /opt/python")
+
+
 # the start script
 
 

@@ -6,15 +6,19 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
+import optuna_dashboard
 import pytest
 from optuna.trial import TrialState
 
@@ -22,6 +26,7 @@ from varcas.errors import InputError
 from varcas.experiment import Experiment, parse_experiment
 from varcas.records import TrialRow
 from varcas.space import ServingConfig, Space
+from varcas.store import Store
 from varcas.study import (
     FAILED,
     MAX_FRUITLESS,
@@ -29,7 +34,8 @@ from varcas.study import (
     Proposal,
     Study,
     constraints_of,
-    dashboard_command,
+    dashboard_server,
+    dashboard_view,
     open_study,
 )
 
@@ -744,46 +750,152 @@ def test_a_storage_that_cannot_be_used_is_refused_without_its_password(url: str,
     assert "geheim" not in str(caught.value)
 
 
-def test_the_dashboard_shows_the_study(desk: Desk, tmp_path: Path) -> None:
-    desk.run(varied, at_most=8)
+# dashboard
+
+
+def viewed(desk: Desk, name: str = "t") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=dashboard_view(desk.experiment, desk.rows))
+
+
+@pytest.fixture
+def shown_desk(journal: str) -> Desk:
+    """One row of each kind: 0 baseline, 1 measured, 2 misses the SLO, 3 failed, 4 pruned, 5 not believed, 6 stopped."""
+    desk = Desk(experiment(slo="{ttft_p95_ms: 100}"), journal)
+    desk.record(desk.propose(), output_tokens_per_s=5.0, constraints={"ttft_p95_ms": -0.5}, ttft_p95_ms=50.0)
+    desk.record(desk.propose(), output_tokens_per_s=7.0, constraints={"ttft_p95_ms": -0.5}, saturated=False)
+    missed = {"constraints": {"ttft_p95_ms": 0.25}, "ttft_p95_ms": 125.0, "slo_met": False}
+    desk.record(desk.propose(), output_tokens_per_s=9.0, **missed)
+    cause = {"failure_kind": "out_of_memory", "failure_detail": "CUDA out of memory", "failure_hint": "take less"}
+    desk.record(desk.propose(), state="failed", **cause, **NOTHING, server_start_s=4.0)
+    desk.record(desk.propose(), state="infeasible", reason_rule="vllm_refuses", failure_detail="no fp8", **NOTHING)
+    desk.record(desk.propose(), output_tokens_per_s=99.0, valid=False, invalid_reasons=["client too slow"])
+    desk.record(desk.propose(), state="stopped", failure_kind="interrupted", **NOTHING)
+    return desk
+
+
+NOTHING = {"output_tokens_per_s": None, "valid": None}
+
+
+def test_the_dashboard_has_a_value_only_for_what_was_measured(shown_desk: Desk) -> None:
+    study = viewed(shown_desk)
+    assert [(trial.number, trial.state.name, trial.value) for trial in study.trials] == [
+        (0, "COMPLETE", 5), (1, "COMPLETE", 7), (2, "COMPLETE", 9), (3, "FAIL", None), (4, "PRUNED", None),
+        (5, "FAIL", None), (6, "FAIL", None),
+    ]  # fmt: skip
+    outcomes = [trial.user_attrs["outcome"] for trial in study.trials]
+    assert outcomes[2:] == ["misses the SLO", "out_of_memory", "vllm_refuses", "not to be believed", "interrupted"]
+    marks = [max(trial.system_attrs["constraints"], default=0.0) > 0 for trial in study.trials]
+    assert marks == [False, False, True, False, False, False, False]
+    assert study._storage.get_best_trial(study._study_id).number == 1
+    assert study.metric_names == ["output_tokens_per_s"]
+    assert study.user_attrs["slo"] == "ttft_p95_ms <= 100"
+
+
+def test_the_dashboard_has_what_a_row_says_in_readable_order(shown_desk: Desk) -> None:
+    trials = viewed(shown_desk).trials
+    assert list(trials[3].user_attrs) == [
+        "outcome", "failure_detail", "hint", "server_start_s", "log", "command", "config"
+    ]  # fmt: skip
+    assert list(trials[0].user_attrs)[:3] == ["outcome", "output_tokens_per_s", "ttft_p95_ms"]
+    assert trials[1].user_attrs["saturated"] is False
+    assert trials[3].duration == datetime.timedelta(seconds=4)
+    assert [trial.params["max_num_seqs"] for trial in trials[1:]] == [
+        json.loads(row.flags["max_num_seqs"]) for row in shown_desk.rows[1:]
+    ]
+
+
+def test_the_dashboard_notes_why_and_what_to_do(shown_desk: Desk) -> None:
+    study = viewed(shown_desk)
+    notes = [optuna_dashboard.get_note(optuna.trial.Trial(study, trial._trial_id)) for trial in study.trials]
+    for said in (
+        "out_of_memory",
+        "CUDA out of memory",
+        "take less",
+        "[/logs/3.log](/log/3)",
+        shown_desk.rows[3].command,
+    ):
+        assert str(said) in notes[3]
+    assert "ttft_p95_ms is 125, the limit 100" in notes[2]
+    assert "client too slow" in notes[5]
+
+
+def test_numbers_on_the_dashboard_are_those_of_the_rows(desk: Desk) -> None:
+    proposals = desk.run(throughput, at_most=3)
+    desk.rows.append(row_of(proposals[1], number=3, purpose="confirm", arm="candidate", output_tokens_per_s=8.0))
+    desk.rows.append(row_of(proposals[0], number=4, purpose="confirm", arm="baseline", output_tokens_per_s=6.0))
+    desk.rows.append(row_of(proposals[2], number=6, output_tokens_per_s=4.0))  # the same configuration again
+    trials = viewed(desk).trials
+    assert [trial.state.name for trial in trials] == [*["COMPLETE"] * 3, "PRUNED", "PRUNED", "WAITING", "COMPLETE"]
+    assert trials[6].params == trials[2].params
+    assert (trials[6].value, trials[2].value) == (4, desk.rows[2].output_tokens_per_s)
+    confirmed = viewed(desk, "t (confirmation)").trials
+    assert [(t.user_attrs["trial"], t.params["arm"], t.value) for t in confirmed] == [
+        (3, "candidate", 8), (4, "baseline", 6)
+    ]  # fmt: skip
+
+
+def test_a_baseline_outside_of_the_space_has_parameters_on_the_dashboard(desk: Desk) -> None:
+    desk.run(throughput, at_most=3)
+    trials = viewed(desk).trials
+    assert desk.rows[0].flags.keys() == {"dtype"}
+    assert trials[0].params == {"max_num_seqs": "none", "kv_cache_dtype": "none"}
+    assert all(trial.distributions == trials[0].distributions for trial in trials)
+
+
+def test_the_dashboard_of_an_empty_study_and_of_a_mixed_space(journal: str) -> None:
+    desk = Desk(experiment(MIXED), journal)
+    assert viewed(desk).trials == []
+    desk.run(throughput, at_most=12)
+    assert [trial.value for trial in viewed(desk).trials] == [row.output_tokens_per_s for row in desk.rows]
+
+
+def test_the_dashboard_serves_rows_that_arrive_and_logs(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("varcas.study.REFRESH_S", 0.0)
+    desk.record(desk.propose())
+    with dashboard_server(desk.experiment, lambda: list(desk.rows), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert len(fetched(f"{url}/api/studies/0")["trials"]) == 1
+        (tmp_path / "1.log").write_text("what the server said")
+        desk.record(desk.propose(), log_path=str(tmp_path / "1.log"))
+        shown = fetched(f"{url}/api/studies/0")
+        assert shown["objective_names"] == ["output_tokens_per_s"]
+        assert [trial["number"] for trial in shown["trials"]] == [0, 1]
+        with urllib.request.urlopen(f"{url}/log/1", timeout=5) as response:
+            assert response.read() == b"what the server said"
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{url}/log/0", timeout=5)
+        server.shutdown()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_ctrl_c_ends_the_dashboard_without_a_word(shown_desk: Desk, tmp_path: Path) -> None:
+    with Store(tmp_path / "results") as store:
+        for row in shown_desk.rows:
+            store.append(row)
+        store.save_study("t", {"fingerprint": {}, "experiment": json.loads(shown_desk.experiment.model_dump_json())})
     port = free_port()
-    argv = dashboard_command(desk.storage, port)
-    with subprocess.Popen([*argv, "--quiet"], stderr=subprocess.DEVNULL) as child:
-        try:
-            shown = fetched(f"http://127.0.0.1:{port}/api/studies/0")
-        finally:
-            child.terminate()
-    assert shown["objective_names"] == ["output_tokens_per_s"]
-    names = {attribute["key"] for attribute in shown["union_user_attrs"]}
-    assert {"feasible", "slo_violation", "failure_kind", "config", "log", "trial", "command"} <= names
-    params = {param["name"]: param["param_external_value"] for param in shown["trials"][0]["params"]}
-    assert params["kv_cache_dtype"] in ("auto", "fp8")
+    argv = [sys.executable, "-m", "varcas", "dashboard", "--results", str(tmp_path / "results"), "--port", str(port)]
+    child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    assert child.stderr is not None
+    said = child.stderr.readline()
+    assert said == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
+    assert len(fetched(f"http://127.0.0.1:{port}/api/studies/0")["trials"]) == 7
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=20)[1] == ""
+    assert child.returncode == 0
 
 
 def free_port() -> int:
-    import socket
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def fetched(url: str) -> Any:
-    for _ in range(100):
-        try:
-            with urllib.request.urlopen(url, timeout=5) as response:
-                return json.load(response)
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"{url} does not answer")
-
-
-def test_dashboard_command_names_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not exist yet"):
-        dashboard_command(f"journal:{tmp_path / 'none.log'}")
-    assert dashboard_command("postgresql://me@host/db", 9)[1:] == [
-        "postgresql+psycopg://me@host/db", "--host", "127.0.0.1", "--port", "9"
-    ]  # fmt: skip
+    with urllib.request.urlopen(url, timeout=20) as response:
+        return json.load(response)
 
 
 def test_config_of_a_row_is_that_of_its_proposal(desk: Desk) -> None:

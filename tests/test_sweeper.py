@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import sweep_work
+from tests.sweep_work import outcome
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
 from varcas.results import Results
-from varcas.sweeper import Event, sweep
+from varcas.sweeper import Event, outcome_columns, sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
@@ -90,6 +93,24 @@ def test_a_load_that_ended_before_its_window_is_a_row_without_metrics(tmp_path: 
     assert (row.state, row.failure_kind, row.output_tokens_per_s) == ("failed", "crashed_under_load", None)
 
 
+def test_a_baseline_that_no_flag_can_mend_ends_the_sweep_and_is_tried_again(tmp_path: Path) -> None:
+    of = experiment(tmp_path, SPACE)
+    with pytest.raises(
+        VarcasError, match=r"trial 0 \(baseline\): bad_model_files: no weights found.*load_format: dummy"
+    ):
+        run(of, run=sweep_work.lacks_files)
+    assert [row.failure_kind for row in Results(tmp_path / "results").trials()] == ["bad_model_files"]
+    answer = run(of)
+    assert answer.verdict == "better"
+    assert answer.baseline.values == [110.0] * 3
+
+
+def test_a_sampler_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"study\.sampler: 'tpee' is unknown\. Did you mean tpe\?"):
+        run(experiment(tmp_path, SPACE, "{trials: 9, sampler: tpee}"))
+    assert not (tmp_path / "results").exists()
+
+
 def test_what_a_node_raises_reaches_the_user_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(VarcasError) as caught:
         run(experiment(tmp_path, SPACE + "server: {env: {BROKEN: '1'}}\n"))
@@ -102,14 +123,6 @@ def test_a_profile_that_is_not_there_is_refused_before_anything_starts(tmp_path:
     with pytest.raises(InputError, match="Did you mean chat-medium"):
         run(of)
     assert not (tmp_path / "results").exists()
-
-
-def test_another_workload_under_the_same_name_is_refused(tmp_path: Path) -> None:
-    of = experiment(tmp_path, SPACE, "{trials: 1, repeats: 0}")
-    run(of)
-    other = of.model_copy(update={"workload": of.workload.model_copy(update={"rate_rps": 5.0})})
-    with pytest.raises(InputError, match="another workload"):
-        run(other)
 
 
 def test_stopping_keeps_what_is_measured_and_says_interrupted(tmp_path: Path) -> None:
@@ -126,3 +139,33 @@ def test_stopping_keeps_what_is_measured_and_says_interrupted(tmp_path: Path) ->
     assert [row.trial_id for row in kept][: len(seen)] == [row.trial_id for row in seen]
     assert run(experiment(tmp_path, SPACE)).verdict == "better"
     assert {row.trial_id for row in kept} <= {row.trial_id for row in Results(tmp_path / "results").trials()}
+
+
+def test_an_interrupted_load_is_not_to_be_believed(tmp_path: Path) -> None:
+    cut = outcome(5, state="stopped", failure_kind="interrupted", failure_detail="asked to stop")
+    assert cut.load is not None
+    cut = replace(cut, load=replace(cut.load, duration_s=0.4))
+    columns = outcome_columns(cut, experiment(tmp_path, SPACE))
+    assert (columns["valid"], columns["invalid_reasons"]) == (False, ["interrupted after 0.4 of 2 s"])
+
+
+def test_a_finished_study_has_nothing_left_to_run(tmp_path: Path) -> None:
+    plans: list[Any] = []
+    for _ in range(2):
+        of = experiment(tmp_path, SPACE + "server: {env: {A: x y}}\n")
+        run(of, on_event=lambda event: plans.append(event.plan) if event.plan else None)
+    assert [(plan.search_left, plan.confirm_starts) for plan in plans] == [(5, 6), (0, 0)]
+    results = Results(tmp_path / "results")
+    assert results.recommend().ended == "space exhausted"
+    command = results.trials()[0].command
+    assert command is not None
+    assert command.startswith(f"A='x y' {sys.executable} -m vllm")
+    assert f"--model {tmp_path / 'model'}" in command
+
+
+def test_a_name_conflict_says_only_what_differs(tmp_path: Path) -> None:
+    of = experiment(tmp_path, SPACE, "{trials: 1, repeats: 0}")
+    run(of)
+    other = of.model_copy(update={"workload": of.workload.model_copy(update={"rate_rps": 5.0})})
+    with pytest.raises(InputError, match=r"another workload \(rate_rps 1.0 -> 5.0\): their rows"):
+        run(other)

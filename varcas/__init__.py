@@ -31,3 +31,8 @@ def __getattr__(name: str) -> Any:
     found = getattr(importlib.import_module(homes[name]), name)
     globals()[name] = found
     return found
+
+
+def __dir__() -> list[str]:
+    """What `__getattr__` would import stands there too."""
+    return sorted({*globals(), *__all__})

@@ -39,6 +39,7 @@ class Child:
         stdin: with `pipes=True`, what the program reads, flushed at each line; else None.
         stdout: with `pipes=True`, what it prints (stderr stays in the log); else None.
         killed: after `stop`, the processes that had to be killed.
+        scratch: with `scratch=True`, the program's TMPDIR.
         shm_removed: after `stop`, the names in /dev/shm that they left behind.
     """
 
@@ -49,6 +50,7 @@ class Child:
         self.stdout: TextIO | None = None
         self.killed: tuple[int, ...] = ()
         self.shm_removed: tuple[str, ...] = ()
+        self.scratch: Path | None = None
         self._argv = tuple(argv)
         self._status: int | None = None
         self._failure: OSError | None = None
@@ -69,6 +71,7 @@ class Child:
         log: Path,
         cwd: Path | None = None,
         pipes: bool = False,
+        scratch: bool = False,
         linger_s: float = LINGER_S,
     ) -> Child:
         """Starts a program, in a session of its own, with this environment and nothing of ours.
@@ -79,6 +82,7 @@ class Child:
             log: gets the command line, then the output; appended to.
             cwd: its working directory; ours if None.
             pipes: wire `stdin` and `stdout` for a line protocol.
+            scratch: give it a TMPDIR of its own, which is removed when it and its descendants are gone.
             linger_s: how long descendants may go on after the program's own end, before they are killed.
 
         Raises:
@@ -89,7 +93,8 @@ class Child:
             raise VarcasError(f"running servers needs Linux, this is {sys.platform}")
         child = cls(argv, log, pipes)
         try:
-            child._tell({"argv": list(argv), "env": dict(env), "cwd": cwd and str(cwd), "linger_s": linger_s})
+            spec = {"argv": list(argv), "env": dict(env), "cwd": cwd and str(cwd), "linger_s": linger_s}
+            child._tell(spec | {"scratch": scratch})
             child._wait_for_start()
         except BaseException:
             child.close(grace_s=0)
@@ -203,6 +208,7 @@ class Child:
                 self._failure = OSError(report["errno"], report["strerror"], report["path"])
             case "started":
                 self.pid, self._guardian_pid = report["pid"], report["guardian"]
+                self.scratch = Path(report["scratch"]) if report["scratch"] else None
                 self._started.set()
             case "exited":
                 self._status = report["status"]

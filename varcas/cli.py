@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -28,7 +29,8 @@ from varcas.experiment import Experiment, Study, load_experiment, parse_value, w
 app = typer.Typer(
     name="varcas",
     help="Finds the best way to serve a language model on the GPUs you have: real vLLM configurations, measured "
-    "under your chat traffic.",
+    "under your chat traffic.\n\nExit codes: 0 done, 1 the work failed, 2 bad input, 3 no configuration meets the SLO "
+    "or runs, 130 interrupted. An error leaves stdout empty, with `--json` too.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +39,7 @@ app = typer.Typer(
 )
 
 ExperimentArg = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="experiment file (YAML)")]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout, words on stderr")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout; words and errors on stderr")]
 ResultsOpt = Annotated[
     Path | None, typer.Option("--results", help="results directory [default: the experiment's, or results/]")
 ]
@@ -91,9 +93,11 @@ def sweep(
     Example: `varcas sweep experiments/quickstart.yaml --budget 30m`
     """
     from varcas.live import Progress
+    from varcas.metrics import MIN_STARTS
     from varcas.report import as_text
     from varcas.sweeper import sweep as run_sweep
 
+    budget_s = None if budget is None else parse_duration(budget)
     loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
@@ -101,14 +105,18 @@ def sweep(
             answer = run_sweep(
                 loaded,
                 address=address,
-                budget_s=parse_duration(budget) if budget else None,
+                budget_s=budget_s,
                 on_event=progress,
                 stopping=stopping,
             )
         except KeyboardInterrupt:
             _interrupted(loaded)
-    _print(answer, as_json, as_text(answer))
-    print(f"results: {loaded.results}   (varcas results, varcas show N, varcas dashboard)", file=sys.stderr)
+    place = [str(experiment), *(["--results", str(results)] if results else [])]
+    options = [("--address", address), ("--trials", trials), ("--repeats", max(MIN_STARTS, loaded.study.repeats))]
+    confirm = _command("sweep", *place, *(word for name, given in options if given for word in (name, str(given))))
+    _print(answer, as_json, as_text(answer, confirm))
+    looks = [_command(*words, *place) for words in (["results"], ["show", "N"], ["dashboard"])]
+    print("\n  ".join([f"results: {loaded.results}", *looks]), file=sys.stderr)
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)
 
@@ -209,7 +217,7 @@ def validate(experiment: ExperimentArg, as_json: Json = False) -> None:
     from varcas.validate import Validated, validated_text
     from varcas.validate import validate as run_validate
 
-    answer: Validated = run_validate(load_experiment(experiment))
+    answer: Validated = run_validate(load_experiment(experiment), lambda text: print(text, file=sys.stderr))
     _print(answer, as_json, validated_text(answer))
     if not answer.baseline_ok:
         raise typer.Exit(InputError.exit_code)
@@ -238,9 +246,12 @@ def results(
 
     Example: `varcas results --sql "select number, output_tokens_per_s from trials order by 2 desc"`
     """
-    from varcas.live import trials_table
+    from varcas.live import has_dash, trials_table
+    from varcas.report import DASH_NOTE
     from varcas.results import Results
 
+    if as_json and as_csv:
+        raise InputError("--json, --csv: give one of them.")
     out = Format.json if as_json else Format.csv if as_csv else Format.table
     opened = Results(_results_path(study, results))
     if sql:
@@ -250,6 +261,8 @@ def results(
     rows = [row for row in rows if row.valid is False] if invalid else rows
     if out is Format.table:
         _rich(trials_table(rows))
+        if any(has_dash(row) for row in rows):
+            print(DASH_NOTE, file=sys.stderr)
         return
     dumped = [row.model_dump(mode="json") for row in rows]
     print(json.dumps(dumped, indent=2) if out is Format.json else _csv(dumped), end="" if out is Format.csv else "\n")
@@ -257,7 +270,7 @@ def results(
 
 @app.command()
 def show(
-    number: Annotated[int, typer.Argument(help="number of the trial, as `varcas results` shows it")],
+    number: Annotated[int, typer.Argument(metavar="N", help="number of the trial, as `varcas results` shows it")],
     study: StudyArg = None,
     results: ResultsOpt = None,
     as_json: Json = False,
@@ -268,8 +281,9 @@ def show(
     """
     from varcas.results import Results, trial_text
 
-    row = Results(_results_path(study, results)).trial(number, _study_name(study))
-    _print(row, as_json, trial_text(row))
+    opened = Results(_results_path(study, results))
+    row = opened.trial(number, _study_name(study))
+    _print(row, as_json, trial_text(row, opened.experiment(row.study).slo if row.constraints else {}))
 
 
 @app.command()
@@ -282,7 +296,9 @@ def recommend(study: StudyArg = None, results: ResultsOpt = None, as_json: Json 
     from varcas.results import Results
 
     answer = Results(_results_path(study, results)).recommend(_study_name(study))
-    _print(answer, as_json, as_text(answer))
+    file = study if study and _is_file(study) else "EXPERIMENT"
+    again = _command("sweep", file, *(["--results", str(results)] if results else []), "--repeats", "3")
+    _print(answer, as_json, as_text(answer, again))
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)
 
@@ -292,24 +308,18 @@ def dashboard(
     study: StudyArg = None,
     results: ResultsOpt = None,
     port: Annotated[int, typer.Option(help="to listen on, loopback only")] = 8080,
-    dry_run: Annotated[bool, typer.Option("--print", help="print the command in place of running it")] = False,
 ) -> None:
-    """Opens optuna-dashboard on the study.
+    """Opens optuna-dashboard on the rows of a study, new ones included; failures and SLO misses show as such.
 
     Example: `varcas dashboard experiments/quickstart.yaml`
     """
     from varcas.results import Results
-    from varcas.study import dashboard_command
 
-    if not dry_run:
-        _require_free(port)
+    _require_free(port)
     opened = Results(_results_path(study, results))
-    argv = dashboard_command(opened.storage(_study_name(study)), port)
-    if dry_run:
-        print(shlex.join(argv))
-        return
-    print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
-    os.execv(argv[0], argv)  # noqa: S606
+    with contextlib.suppress(KeyboardInterrupt), opened.dashboard(_study_name(study), port=port) as server:
+        print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
+        server.serve_forever()
 
 
 @app.command()
@@ -339,12 +349,14 @@ def _require_free(port: int) -> None:
 
 
 def parse_duration(text: str, option: str = "--budget") -> float:
-    """Seconds of `30m`, `2h`, `90s`, `1h30m` or plain seconds.
+    """Seconds of `30m`, `2h`, `90s` or `1h30m`.
 
     Raises:
         InputError: it is none of these.
     """
-    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
+    if text.strip().isdigit():
+        raise InputError(f"--budget: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
     if not text.strip() or match is None:
         raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
@@ -449,9 +461,16 @@ class _signals:  # noqa: N801
 
 
 def _interrupted(experiment: Experiment) -> NoReturn:
-    command = shlex.join(["python", "-m", "varcas", *sys.argv[1:]])
+    command = _command(*sys.argv[1:])
     print(f"interrupted; everything measured is in {experiment.results}. Resume with:\n  {command}", file=sys.stderr)
     raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _command(*words: str) -> str:
+    """A command of varcas as it can be pasted: its script as it was called, or this Python."""
+    script = sys.argv[0]
+    program = [script] if Path(script).name == "varcas" else [sys.executable, "-m", "varcas"]
+    return shlex.join([*program, *words])
 
 
 def run(command: Callable[[], None]) -> int:

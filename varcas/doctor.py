@@ -16,7 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from varcas import __version__, hardware
-from varcas.engine.fetch import check_local_model
+from varcas.engine.fetch import check_local_model, weights_problem
 from varcas.engine.node import Node
 from varcas.engine.probe import probe_python
 from varcas.errors import InputError
@@ -95,7 +95,7 @@ def _vllm(server: Server) -> Check:
         return Check(
             name="vllm",
             status="missing",
-            found=f"no vLLM in {probed.python}",
+            found=f"{probed.python}: {probed.problem or 'has no vLLM'}",
             fix="GPU host: pip install 'varcas[vllm]'; or name the Python that has it in `server: {python: ...}`",
         )
     found = f"{probed.distribution} {probed.vllm_version} in {probed.python}"
@@ -184,6 +184,9 @@ def _model(experiment: Experiment) -> Check:
         check_local_model(experiment.model)
     except InputError as error:
         return Check(name="model", status="missing", found=str(error), fix="correct `model:` in the experiment")
+    if problem := weights_problem(experiment.model, {**experiment.serve, **experiment.baseline}):
+        found, _, fix = problem.partition(". ")
+        return Check(name="model", status="missing", found=found, fix=fix)
     if Node(experiment.server, experiment.model, experiment.revision).model_is_local():
         return Check(name="model", status="ok", found=f"{experiment.model} is here")
     fix = "it is fetched before the first server starts; set HF_TOKEN for a gated model"

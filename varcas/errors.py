@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_NO_ANSWER = 3
 EXIT_INTERRUPTED = 130
+CLOSE = 0.6
+"""Share of letters in common from which a word may be meant; difflib's own default."""
 
 
 class VarcasError(Exception):
@@ -48,5 +50,10 @@ class TrialError(Exception):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean X?` for the known word that is closest to `word`, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {close[0]}?" if close else ""
+    words = list(known) if isinstance(known, Sequence | Mapping) else sorted(known)  # of equals the first
+    best = max(words, key=lambda other: _likeness(word, other), default=None)
+    return f" Did you mean {best}?" if best is not None and _likeness(word, best) >= CLOSE else ""
+
+
+def _likeness(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, other, one).ratio()

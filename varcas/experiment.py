@@ -58,6 +58,16 @@ def _arrival_kind(entry: Any) -> str:
     return "name" if isinstance(entry, str) else "settings"
 
 
+_LATENCY_FORM = "`ttft`, `tpot`, `itl` or `e2e` with `_mean`, `_p50`, `_p90`, `_p95`, `_p99` or `_p99_9` and `_ms`"
+
+
+def _listed(direction: str) -> str:
+    """The metrics that are better that way, without the latencies, which have a form."""
+    return ", ".join(
+        f"`{name}`" for name, way in OBJECTIVES.items() if way == direction and name not in LATENCY_METRICS
+    )
+
+
 class Hardware(BaseModel):
     """Which GPU, and how many the study may use; `auto` is what the Ray node has."""
 
@@ -72,11 +82,23 @@ class Server(BaseModel):
 
     model_config = STRICT
     python: str | None = Field(default=None, description="path of the Python that has vLLM (default: this one)")
-    env: dict[str, str] = Field(default_factory=dict, description="environment variables of the server")
+    env: dict[str, str] = Field(
+        default_factory=dict, description="environment variables of the server; numbers are taken as text"
+    )
     download_timeout_s: float = Field(default=3600, gt=0, description="to fetch the model, once a node")
     start_timeout_s: float = Field(default=1200, gt=0, description="spawn to the first real completion")
     stop_timeout_s: float = Field(default=15, gt=0, description="after SIGTERM, before SIGKILL")
     stall_timeout_s: float = Field(default=60, gt=0, description="no token for so long under load means hung")
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _as_text(cls, env: Any) -> Any:
+        if not isinstance(env, dict):
+            return env
+        for name, value in env.items():
+            if isinstance(value, bool):
+                raise ValueError(f'{name}: {json.dumps(value)}: write the text that is meant, e.g. "{value:d}"')
+        return {name: str(value) if isinstance(value, int | float) else value for name, value in env.items()}
 
     @field_validator("env")
     @classmethod
@@ -150,7 +172,8 @@ class Workload(BaseModel):
     max_drain_s: float = Field(default=30, ge=0, description="after the window; what is left misses the SLO")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of arrivals, lengths and words")
     endpoint: Literal["auto", "chat", "completions"] = Field(
-        default="auto", description="`auto`: chat when the model has a chat template, else completions"
+        default="auto",
+        description="`auto` (chat when the model has a chat template, else completions), `chat` or `completions`",
     )
     arrival: Arrivals = Field(default="poisson", description="gaps between arrivals, or users in a closed loop")
     think_s: float | None = Field(
@@ -226,8 +249,8 @@ class Objective(BaseModel):
     """Exactly one of `maximize` and `minimize`, with the metric's name."""
 
     model_config = STRICT
-    maximize: str | None = None
-    minimize: str | None = None
+    maximize: str | None = Field(default=None, description=f"one of {_listed('maximize')}")
+    minimize: str | None = Field(default=None, description=f"{_LATENCY_FORM}, or one of {_listed('minimize')}")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -346,7 +369,11 @@ class Experiment(BaseModel):
 
     model_config = STRICT
     name: str = Field(pattern=NAME, max_length=80, description="of the study: its rows and logs go by it")
-    model: str = Field(min_length=1, description="hub id, or a local directory with `config.json`")
+    model: str = Field(
+        min_length=1,
+        description="hub id, or a local directory with `config.json`; a relative one is seen from the working "
+        "directory, not from this file",
+    )
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub model")
     hardware: Hardware = Field(default_factory=Hardware, description="which GPUs")
     engine: Literal["vllm"] = Field(default="vllm", description="what serves")
@@ -357,7 +384,8 @@ class Experiment(BaseModel):
     workload: Workload = Field(description="the traffic")
     slo: dict[str, float] = Field(
         default_factory=dict,
-        description="e.g. `ttft_p95_ms: 2000`; upper limits; or a preset: " + ", ".join(f"`{n}`" for n in SLO_PRESETS),
+        description=f"upper limits, e.g. `ttft_p95_ms: 2000`: {_LATENCY_FORM}; or a preset: "
+        + ", ".join(f"`{n}`" for n in SLO_PRESETS),
     )
     objective: Objectives = Field(
         default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
@@ -407,6 +435,13 @@ class Experiment(BaseModel):
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
         return self
+
+    def located(self, message: str) -> str:
+        """A message that begins with the path of a key (`space.max_num_seqs.when: ...`), with file and line."""
+        key, colon, _ = message.partition(": ")
+        path = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        known = colon and self._origin and path[0] in type(self).model_fields
+        return f"{self._origin}:{line_of(path, self._lines)}: {message}" if known else message
 
     def place(self, *path: str | int) -> str:
         """`file.yaml:12: serve.max_num_seqs` for messages; without the file when it was made in Python."""
@@ -458,7 +493,8 @@ def parse_experiment(text: str, origin: str = "<experiment>") -> Experiment:
         ) from error
     except ValidationError as error:
         details = [detail for detail in error.errors() if not _is_misspelling(detail, error.errors())]
-        raise InputError("\n".join(_message(detail, lines, origin) for detail in details)) from error
+        messages = dict.fromkeys(_message(detail, lines, origin) for detail in details)
+        raise InputError("\n".join(messages)) from error
 
 
 def workload_of(data: Mapping[str, Any], origin: str) -> Workload:
@@ -507,6 +543,26 @@ def line_of(path: tuple[str | int, ...], lines: Mapping[Place, int]) -> int:
     return lines.get(path, 1)
 
 
+WORDS = {
+    "too_short": "must not be empty",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length} letters",
+    "string_pattern_mismatch": "must be letters, digits, `.`, `_` and `-`, and begin with a letter or a digit",
+    "model_type": "must be a mapping: `key: value`, one a line, indented",
+    "dict_type": "must be a mapping: `key: value`, one a line, indented",
+    "list_type": "must be a list: `[..., ...]`",
+    "string_type": "must be text: write it in quotes",
+    "bool_type": "must be true or false",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt}",
+}
+"""Pydantic's error types in our words; `_message` adds file, line and value."""
+
 TAG_AT: dict[Place, int] = {("space",): 2, ("objective",): 1, ("workload", "arrival"): 2}
 """Where pydantic puts the tag of a union into the location of an error below that key."""
 MODELS: dict[Place, type[BaseModel]] = {
@@ -523,8 +579,15 @@ MODELS: dict[Place, type[BaseModel]] = {
 def _place(detail: ErrorDetails) -> tuple[str | int, ...]:
     """The error's location in the file."""
     loc = detail["loc"]
+    if _is_number_of_a_union(detail):
+        loc = loc[:-1]
     at = next((at for below, at in TAG_AT.items() if loc[: len(below)] == below), len(loc))
     return (*loc[:at], *loc[at + 1 :])
+
+
+def _is_number_of_a_union(detail: ErrorDetails) -> bool:
+    """`int | float` gives an error for each of the two, with the type's name at the end of its location."""
+    return detail["type"] in ("int_type", "float_type") and detail["loc"][-1] in ("int", "float")
 
 
 def _is_misspelling(missing: ErrorDetails, others: Sequence[ErrorDetails]) -> bool:
@@ -553,7 +616,9 @@ def _message(detail: ErrorDetails, lines: Mapping[Place, int], origin: str) -> s
     if detail["type"] == "space_entry":
         text += f", e.g. {loc[-1]}: {{choices: {json.dumps(given if isinstance(given, list) else [given])}}}"
     value = "" if isinstance(given, dict | list) else f"{json.dumps(given, default=str)}: "
-    return f"{at}: {field}: {value}{text.replace('Input should', 'should')}"
+    kind = "float_type" if _is_number_of_a_union(detail) else detail["type"]
+    said = WORDS[kind].format(**detail.get("ctx", {})) if kind in WORDS else text
+    return f"{at}: {field}: {value}{said.replace('Input should', 'should')}"
 
 
 def _known_keys(loc: Place) -> list[str]:

@@ -12,9 +12,10 @@ owner died, it kills every descendant and unlinks the shared memory they made. T
 guardian: if something kills that one, the program's orphans fall to the keeper, which kills them. The other way round,
 Ray kills a worker's direct children before the worker exits; that is the keeper, and the guardian is still there.
 
-The lifeline carries JSON lines: first `{"argv", "env", "cwd", "linger_s"}`, then any number of `{"stop": grace_s}`.
-The status pipe carries the answers, each with its `event`: `failed` (errno, strerror, path) or `started` (pid,
-guardian), `exited` (status: the return code, negative for a signal), `gone` (killed, shm_removed).
+The lifeline carries JSON lines: first `{"argv", "env", "cwd", "linger_s", "scratch"}`, then any number of
+`{"stop": grace_s}`. With `scratch` the program gets a TMPDIR of its own, which goes when it has gone. The status pipe
+carries the answers, each with its `event`: `failed` (errno, strerror, path) or `started` (pid, guardian, scratch),
+`exited` (status: the return code, negative for a signal), `gone` (killed, shm_removed).
 """
 
 from __future__ import annotations
@@ -285,6 +286,18 @@ class Guardian:
         spec = self.read_spec()
         if spec is None:
             return
+        try:
+            scratch = make_scratch(spec["env"]) if spec["scratch"] else None
+        except OSError as error:
+            self.report("failed", errno=error.errno, strerror=error.strerror, path=error.filename)
+            return
+        try:
+            self.guard(spec, program_fds, scratch)
+        finally:
+            remove(scratch)
+
+    def guard(self, spec: dict[str, Any], program_fds: Sequence[int], scratch: str | None) -> None:
+        """Starts the program, and sees it and its descendants end."""
         self.linger_s = spec["linger_s"]
         self.program, failure = spawn(spec["argv"], spec["env"], spec["cwd"], program_fds)
         for fd in program_fds:
@@ -292,8 +305,9 @@ class Guardian:
         if failure:
             self.report("failed", **failure)
             return
-        self.report("started", pid=self.program, guardian=os.getpid())
+        self.report("started", pid=self.program, guardian=os.getpid(), scratch=scratch)
         self.watch()
+        remove(scratch)
         self.report("gone", killed=sorted(self.killed), shm_removed=self.shm.remove())
 
     def read_spec(self) -> dict[str, Any] | None:
@@ -373,6 +387,22 @@ class Guardian:
             os.write(self.status_fd, json.dumps({"event": event, **values}).encode() + b"\n")
         except BrokenPipeError:
             return
+
+
+def make_scratch(env: dict[str, str]) -> str:
+    """Makes a directory for the program's temporary files, and puts it into its environment."""
+    scratch = os.path.join(env.get("TMPDIR") or "/tmp", f"varcas-{os.urandom(6).hex()}")
+    os.mkdir(scratch, 0o700)
+    env["TMPDIR"] = scratch
+    return scratch
+
+
+def remove(directory: str | None) -> None:
+    """Removes a directory, if there is one, with all that lies in it."""
+    if directory is not None:
+        import shutil  # late: it would cost every start a quarter of its time
+
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _due(at_s: float | None) -> bool:

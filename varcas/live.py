@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -18,10 +19,12 @@ from rich.text import Text
 from varcas.experiment import Workload
 from varcas.measurement import Progress as LoadProgress
 from varcas.records import LATENCIES, STATISTICS, TrialRow
+from varcas.report import described
 from varcas.sweeper import Event, Plan
 
 SHOWN_ROWS = 15
 TOLD_EVERY_S = 5.0
+LONGEST_REASON = 160
 
 
 def duration(seconds: float) -> str:
@@ -33,9 +36,11 @@ def duration(seconds: float) -> str:
 
 def plan_text(plan: Plan) -> str:
     """The plan in one line: starts, seconds each, what is kept for confirmation."""
+    if not plan.search_left and not plan.confirm_starts:
+        return f"{plan.study}: nothing left to run; {plan.search_done} search starts are in the store"
     space = "a continuous space" if plan.space_size is None else f"a space of {plan.space_size}"
     parts = [
-        f"{plan.study}: up to {plan.search_starts} server starts over {space}",
+        f"{plan.study}: up to {plan.search_left} server starts over {space}",
         f"about {plan.start_s:.0f} s to start and {plan.load_s:.0f} s of load each, {plan.width} at a time",
         f"then {plan.confirm_starts} fresh starts to confirm" if plan.confirm_starts else "no confirmation starts",
         f"at most {duration(plan.budget_s)}" if plan.budget_s else f"about {duration(plan.total_s)} in all",
@@ -50,28 +55,27 @@ def cell(value: float | None, digits: int = 1) -> str:
 
 
 def proposal_text(row: TrialRow) -> str:
-    """What a row sets: the search's parameters, or `baseline`."""
-    if row.purpose == "baseline":
-        return "baseline"
+    """What a row sets, and what for."""
     if row.purpose == "load":
         return row.profile if row.rate_rps is None else f"{row.profile} at {row.rate_rps:g}/s"
-    params = json.loads(row.params_json) or json.loads(row.config_json)
-    text = " ".join(f"{name}={_short(value)}" for name, value in params.items())
-    return f"confirm {row.arm}: {text}" if row.purpose == "confirm" else text
-
-
-def _short(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+    return described(row.purpose, row.arm, json.loads(row.params_json), json.loads(row.config_json))
 
 
 def verdict_text(row: TrialRow) -> str:
-    """One word on a row: `ok`, `slo missed`, the failure kind, `not valid`."""
+    """A few words on a row: `ok`, `slo missed`, the failure kind, `not valid`; what was left unfinished."""
     if row.state != "complete":
         return row.reason_rule or row.failure_kind or row.state
     if row.valid is False:
         return "not valid: " + "; ".join(row.invalid_reasons)
     marks = ["slo missed" if row.slo_met is False else "ok", *(["saturated"] if row.saturated else [])]
+    if row.num_unfinished:
+        marks.append(f"{row.num_unfinished} of {row.num_requests} unfinished")
     return ", ".join(marks)
+
+
+def has_dash(row: TrialRow) -> bool:
+    """Its line in a table lacks a figure that other measurements have."""
+    return row.state == "complete" and None in (row.ttft_p50_ms, row.tpot_mean_ms)
 
 
 def trials_table(rows: Iterable[TrialRow], title: str | None = None) -> Table:
@@ -83,15 +87,16 @@ def trials_table(rows: Iterable[TrialRow], title: str | None = None) -> Table:
         table.add_column(name, justify="right")
     table.add_column("result", overflow="fold")
     for row in rows:
+        measured = row.state == "complete"
         style = "red" if row.state in ("failed", "infeasible") else "yellow" if row.valid is False else None
         table.add_row(
             str(row.number),
             Text(proposal_text(row)),
-            cell(row.output_tokens_per_s),
-            cell(row.request_rate_rps, 2),
-            cell(row.ttft_p50_ms, 0),
-            cell(row.tpot_mean_ms),
-            cell(row.server_start_s, 0),
+            cell(row.output_tokens_per_s if measured else None),
+            cell(row.request_rate_rps if measured else None, 2),
+            cell(row.ttft_p50_ms if measured else None, 0),
+            cell(row.tpot_mean_ms if measured else None),
+            cell(row.server_start_s or None, 0),
             Text(verdict_text(row)),
             style=style,
         )
@@ -102,7 +107,7 @@ def row_line(row: TrialRow) -> str:
     """A row as one plain line."""
     head = f"trial {row.number}: {proposal_text(row)}: {verdict_text(row)}"
     if row.state != "complete":
-        return f"{head}: {row.failure_detail}"
+        return f"{head}: {reason(row.failure_detail)}"
     return (
         f"{head}: {cell(row.output_tokens_per_s)} tok/s, TTFT p50 {cell(row.ttft_p50_ms, 0)} ms, "
         f"TPOT mean {cell(row.tpot_mean_ms)} ms (start {cell(row.server_start_s, 0)} s, "
@@ -151,6 +156,13 @@ def _latency_lines(row: TrialRow) -> list[str]:
     return [f"{'ms':<8}{head}", *body]
 
 
+def reason(detail: str | None) -> str:
+    """The first sentence of a failure's detail (of a traceback's last line); `varcas show` has the whole."""
+    lines = [line.strip() for line in (detail or "").splitlines() if line.strip()] or [""]
+    sentence = re.split(r"\.\s+(?=[A-Z])", lines[-1], maxsplit=1)[0]
+    return sentence if len(sentence) <= LONGEST_REASON else sentence[: LONGEST_REASON - 4] + " ..."
+
+
 class Progress:
     """Shows a sweep's events; call it with each one."""
 
@@ -158,8 +170,14 @@ class Progress:
         self._console = Console(file=sys.stderr)
         self._rows: list[TrialRow] = []
         self._status = "starting"
+        self._total = 0
+        self._begun = 0
+        self._places: dict[int, int] = {}  # of a trial in its phase, from 1
+        self._running: dict[int, tuple[str, float]] = {}  # a trial's line, and when it began
         self._live = (
-            Live(self._view(), console=self._console, refresh_per_second=2) if self._console.is_terminal else None
+            Live(console=self._console, refresh_per_second=2, get_renderable=self._view)
+            if self._console.is_terminal
+            else None
         )
 
     def __enter__(self) -> Self:
@@ -175,22 +193,53 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         """Takes one event in."""
-        text = plan_text(event.plan) if event.plan else row_line(event.row) if event.row else event.text
-        if event.row:
-            self._rows.append(event.row)
+        text = self._taken(event)
         if self._live is None:
             print(text, file=sys.stderr, flush=True)
             return
         if event.plan:
             self._live.console.print(Text(text))
-        elif not event.row:
+        elif event.kind in ("note", "confirm"):
             self._status = text
-        self._live.update(self._view())
+        self._live.refresh()
+
+    def _taken(self, event: Event) -> str:
+        """The event's line, counted."""
+        if event.plan:
+            self._begin(event.plan.search_done + event.plan.search_left, event.plan.search_done)
+            self._status = ""
+            return plan_text(event.plan)
+        if event.total is not None:
+            self._begin(event.total)
+        if event.row:
+            self._rows.append(event.row)
+            self._running.pop(event.row.number, None)
+            return f"{self._counter(event.row.number)} {row_line(event.row)}"
+        if event.number is None:
+            return event.text
+        text = f"{self._counter(event.number)} {event.text}"
+        self._running[event.number] = (text, time.monotonic())
+        return f"{text}: starting"
+
+    def _begin(self, total: int, done: int = 0) -> None:
+        """A phase of `total` trials begins, `done` of which an earlier run made."""
+        self._total, self._begun = total, done
+
+    def _counter(self, number: int) -> str:
+        """`[3/5]`: a trial's place among those of its phase; retries come on top."""
+        if number not in self._places:
+            self._begun += 1
+            self._places[number] = self._begun
+        place = self._places[number]
+        return f"[{place}/{max(place, self._total)}]"
 
     def _view(self) -> Group:
         hidden = max(0, len(self._rows) - SHOWN_ROWS)
         note = [Text(f"... {hidden} earlier trials (varcas results)", style="dim")] if hidden else []
-        return Group(*note, trials_table(self._rows[-SHOWN_ROWS:]), Text(self._status, style="dim"))
+        now_s = time.monotonic()
+        status = [f"{text}: running for {duration(now_s - since_s)}" for text, since_s in list(self._running.values())]
+        lines = [Text(line, style="dim") for line in (self._status, *status) if line]
+        return Group(*note, trials_table(self._rows[-SHOWN_ROWS:]), *lines)
 
 
 class Watch:

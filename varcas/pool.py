@@ -107,6 +107,7 @@ class Pool:
         self._owns_ray = not ray.is_initialized()
         self._is_local = self._owns_ray and not address and not in_ray_job()
         self._reaper = _start_reaper() if self._is_local else None
+        self._prestart: tuple[Callable[[], Any], Any] | None = None
         if self._owns_ray:
             with _own_sigterm():
                 _connect(ray, address, ray_options)
@@ -139,7 +140,7 @@ class Pool:
         self._running[actor.run.remote(work, payload)] = (key, actor, num_gpus if self.slots.on_gpu else 1)
 
     def prepare(self) -> None:
-        """Has a worker process stand by on each node, so that the next actor starts in 0.4 s rather than in 1 s.
+        """Has a worker process stand by, so that the next actor starts in 0.4 s rather than in 1 s.
 
         Ray's own call for it is not public: where it is refused, or missing in another version, nothing is lost but
         that time. Only in a Ray of our own: elsewhere such workers would lie about on nodes that do not need them.
@@ -147,7 +148,9 @@ class Pool:
         if not self._is_local:
             return
         with suppress(Exception):
-            _prestart(self._ray)
+            if self._prestart is None:
+                self._prestart = _prestarter(self._ray)
+            self._prestart[0]()
 
     def finished(self, timeout_s: float = 1.0) -> list[Finished]:
         """Waits up to `timeout_s` for the next pieces of work to end."""
@@ -202,6 +205,8 @@ class Pool:
         """Kills what still runs (its guardians end the servers) and leaves Ray, which it stops if it started it."""
         for _, actor, _ in getattr(self, "_running", {}).values():
             self._ray.kill(actor)
+        if self._prestart is not None:
+            self._prestart[1].close()  # open, it would print a line when the raylet goes
         if self._owns_ray:
             self._ray.shutdown()
         if self._reaper is not None:
@@ -254,8 +259,11 @@ class _Service:
         self._object.close()
 
 
-def _prestart(ray: Any) -> None:
-    """Asks each raylet for one more worker (src/ray/protobuf/node_manager.proto, `PrestartWorkers`; Ray 2.60)."""
+def _prestarter(ray: Any) -> tuple[Callable[[], Any], Any]:
+    """Returns what asks the raylet of a local Ray for one more worker without waiting for its answer, and its channel.
+
+    src/ray/protobuf/node_manager.proto, `PrestartWorkers`; Ray 2.60.
+    """
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 
@@ -267,11 +275,10 @@ def _prestart(ray: Any) -> None:
         keep_alive_duration_secs=STAND_BY_S,
         num_workers=1,
     )
-    for node in ray.nodes():
-        if node["Alive"]:
-            channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-            with channel:
-                services.NodeManagerServiceStub(channel).PrestartWorkers(asked, timeout=PRESTART_TIMEOUT_S)
+    (node,) = ray.nodes()
+    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    call = services.NodeManagerServiceStub(channel).PrestartWorkers
+    return lambda: call.future(asked, timeout=PRESTART_TIMEOUT_S), channel
 
 
 def _first_line(error: Exception) -> str:
@@ -336,9 +343,10 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
     if f"accelerator_type:{gpu}" in cluster:
         resources[f"accelerator_type:{gpu}"] = 0.001
     elif not hardware.resource and hardware.gpu != "auto":
+        here = "`hardware: {gpu: auto}` for what is here" if total else "`hardware: {gpu: cpu}` to measure on the CPU"
         there = f"{total} GPU(s) of type {', '.join(types) or 'unknown'}" if total else "no GPU"
         raise InputError(
-            f"hardware.gpu: {gpu!r}: not here: Ray sees {there}. Write `hardware: {{gpu: auto}}` for what is here, "
+            f"hardware.gpu: {gpu!r}: not here: Ray sees {there}. Write {here}, "
             "join a cluster that has it with --address, or mark its nodes with a custom resource and name that in "
             "`hardware.resource`."
         )

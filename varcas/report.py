@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment, Objective
-from varcas.metrics import Gain, compare
-from varcas.records import LATENCY_METRICS, TrialRow
-from varcas.space import ServingConfig
+from varcas.metrics import MAX_EXCESS, Gain, compare
+from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
+from varcas.space import ServingConfig, server_python
 
+LARGE_RATIO = 2.0
+"""From here on a gain is written as a ratio."""
 Verdict = Literal["better", "inconclusive", "unconfirmed", "baseline_best", "no_baseline", "pareto", "no_answer"]
 
 
@@ -52,6 +54,16 @@ class GainOut(BaseModel):
     reason: str | None = Field(description="why it is inconclusive")
 
 
+class Limit(BaseModel):
+    """One limit of the SLO, and what was measured of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    metric: str
+    limit: float
+    value: float | None = Field(description="null: over 100 times the limit, or it never came")
+    met: bool
+
+
 class Failure(BaseModel):
     """Why one configuration is not the answer."""
 
@@ -77,6 +89,9 @@ class Recommendation(BaseModel):
     simulated: bool
     objective: str
     slo: dict[str, float]
+    limits: list[Limit] = Field(description="the SLO in the worst start of what is to be deployed, fresh ones if any")
+    rate_rps: float | None = Field(description="requests per second asked for")
+    delivered_rate_rps: float | None = Field(description="requests per second sent to what is to be deployed")
     deploy: dict[str, JsonValue] | None = Field(description="the flags to deploy; null when nothing can be")
     changes: dict[str, JsonValue] = Field(
         description="what these flags change against the baseline; null: flag left out"
@@ -148,6 +163,10 @@ def pareto_front(rows: Sequence[TrialRow], objectives: Sequence[Objective]) -> l
     return [row for row in candidates if not beaten(row)]
 
 
+DASH_NOTE = "-: fewer than 10 observations lie beyond this percentile, or it falls among those that never came"
+RANDOM_WEIGHTS = "load_format: dummy gives the model random weights: for tests only"
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Rows sorted out: who is the baseline, who the winner."""
@@ -205,6 +224,9 @@ def recommend(
         simulated=any(row.simulated for row in rows),
         objective=objective.metric,
         slo=dict(experiment.slo),
+        limits=_limits(deployed, rows, experiment.slo) if deployed else [],
+        rate_rps=deployed.rate_rps if deployed else None,
+        delivered_rate_rps=deployed.delivered_rate_rps if deployed else None,
         deploy=_flags(deployed) if deployed else None,
         changes=difference(base_flags, _flags(deployed)) if deployed else {},
         command=deployed.command if deployed else None,
@@ -215,7 +237,7 @@ def recommend(
         front=[arm for row in finding.front if (arm := _arm(row, rows, "candidate", objective))],
         counts=dict(Counter(row.state for row in rows if row.purpose != "confirm")),
         failures=_failures(rows, base_flags),
-        warnings=_warnings(rows, finding, winner),
+        warnings=_warnings(rows, finding, gain, deployed, experiment),
         ended=ended,
     )
 
@@ -223,6 +245,57 @@ def recommend(
 def _flags(row: TrialRow) -> dict[str, JsonValue]:
     flags: dict[str, JsonValue] = json.loads(row.config_json)
     return flags
+
+
+def described(purpose: str, arm: str | None, params: Mapping[str, JsonValue], flags: Mapping[str, JsonValue]) -> str:
+    """What a trial sets, in one line: the search's parameters, or every flag."""
+    text = settings_text(params or flags, flags)
+    role = f"confirm {arm}" if purpose == "confirm" else purpose if purpose == "baseline" else ""
+    return ": ".join(part for part in (role, text) if part)
+
+
+def settings_text(settings: Mapping[str, JsonValue], flags: Mapping[str, JsonValue]) -> str:
+    """`max_num_seqs=16 dtype left out`: settings, of which `flags` holds those that are given to the server."""
+    return " ".join(
+        f"{name} left out" if value in (None, "none") and flags.get(name) is None else f"{name}={_short(value)}"
+        for name, value in settings.items()
+    )
+
+
+def _short(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def limits_of(constraints: Mapping[str, float], slo: Mapping[str, float]) -> list[Limit]:
+    """Each limit with its figure, from a row's constraints (value / limit - 1)."""
+    return [
+        Limit(
+            metric=key,
+            limit=limit,
+            value=limit * (1 + constraints[key]) if constraints[key] < MAX_EXCESS else None,
+            met=constraints[key] <= 0,
+        )
+        for key, limit in slo.items()
+        if key in constraints
+    ]
+
+
+def limit_text(limit: Limit) -> str:
+    """`ttft_p95_ms 257 of 500 ms: met`."""
+    seen = "never came," if limit.value is None else f"{limit.value:.4g} of"
+    return f"{limit.metric} {seen} {limit.limit:g} ms: {'met' if limit.met else 'missed'}"
+
+
+def _limits(row: TrialRow, rows: Iterable[TrialRow], slo: Mapping[str, float]) -> list[Limit]:
+    fresh = [
+        other.constraints
+        for other in rows
+        if other.purpose == "confirm" and other.config_hash == row.config_hash
+        and other.state == "complete" and other.valid is not False
+    ]  # fmt: skip
+    seen = fresh or [row.constraints]
+    worst = {key: max(found[key] for found in seen if key in found) for key in slo if any(key in f for f in seen)}
+    return limits_of(worst, slo)
 
 
 def difference(base: dict[str, JsonValue], flags: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -315,7 +388,8 @@ def _headline(
 ) -> str:
     metric = experiment.objectives[0].metric
     if verdict == "better" and gain and winner:
-        return f"{percent(gain)} {metric} over the baseline, from {_starts(winner)} fresh starts an arm"
+        what = f"the baseline's {metric}" if gain.ratio > LARGE_RATIO else f"{metric} over the baseline"
+        return f"{percent(gain)} {what}, from {_starts(winner)} fresh starts an arm"
     if verdict == "better":
         return "meets the SLO, which the baseline does not, in every fresh start"
     if verdict == "inconclusive" and gain and winner:
@@ -353,11 +427,15 @@ def _starts(arm: Arm) -> int:
 
 
 def percent(gain: GainOut) -> str:
-    """`+22 % (95 % interval +19 to +25 %)`."""
-    text = f"{gain.ratio - 1:+.1%}"
+    """`+22 % (95 % interval +19 to +25 %)`; above +100 % a ratio, `7.5x (95 % interval 6.3x to 9.0x)`."""
+    large = gain.ratio > LARGE_RATIO
+
+    def text(ratio: float) -> str:
+        return f"{ratio:.1f}x" if large else f"{ratio - 1:+.1%}"
+
     if gain.lo is None or gain.hi is None:
-        return text
-    return f"{text} (95 % interval {gain.lo - 1:+.1%} to {gain.hi - 1:+.1%})"
+        return text(gain.ratio)
+    return f"{text(gain.ratio)} (95 % interval {text(gain.lo)} to {text(gain.hi)})"
 
 
 def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Failure]:
@@ -377,16 +455,20 @@ def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Fail
     ]
 
 
-def _warnings(rows: Sequence[TrialRow], finding: Finding, winner: Arm | None) -> list[str]:
+def _warnings(
+    rows: Sequence[TrialRow], finding: Finding, gain: GainOut | None, deployed: TrialRow | None, experiment: Experiment
+) -> list[str]:
+    not_believed = sum(row.valid is False and row.state != "stopped" for row in rows)
     checks: list[tuple[bool, str]] = [
         (any(row.simulated for row in rows), "these numbers are SIMULATED: no server was measured"),
         (
-            any(row.valid is False for row in rows),
-            f"{sum(row.valid is False for row in rows)} measurement(s) are not to be believed and were not ranked "
-            "(`varcas results --invalid`)",
+            not_believed > 0,
+            f"{not_believed} measurement(s) are not to be believed and were not ranked (`varcas results --invalid`)",
         ),
+        (deployed is not None and has_random_weights(_flags(deployed)), RANDOM_WEIGHTS),
+        (_kept_up(rows, finding, experiment), _kept_up_text(finding, gain)),
         (
-            bool(winner and winner.saturated),
+            _overrun(finding, experiment),
             "the load is beyond what the server can take: configurations are ranked by sustained throughput, "
             "and latency says only how long the test ran",
         ),
@@ -396,6 +478,36 @@ def _warnings(rows: Sequence[TrialRow], finding: Finding, winner: Arm | None) ->
         ),
     ]
     return [text for applies, text in checks if applies]
+
+
+def _overrun(finding: Finding, experiment: Experiment) -> bool:
+    """The winner was saturated, and what ranks it is no goodput under an SLO that it met."""
+    winner = finding.winner
+    by_goodput = experiment.objectives[0].metric == "goodput_rps" and bool(experiment.slo)
+    return winner is not None and bool(winner.saturated) and not (by_goodput and winner.slo_met)
+
+
+def _kept_up(rows: Sequence[TrialRow], finding: Finding, experiment: Experiment) -> bool:
+    """The winner served all that was asked of it, so that its rate is the load's and no limit of its own."""
+    winner, baseline = finding.winner, finding.baseline
+    if winner is None or finding.front or (baseline and baseline.config_hash == winner.config_hash):
+        return False
+    starts = [row for row in rows if row.config_hash == winner.config_hash and row.state == "complete"]
+    return experiment.objectives[0].metric in RATE_METRICS and all(row.saturated is False for row in starts)
+
+
+def _kept_up_text(finding: Finding, gain: GainOut | None) -> str:
+    row = finding.winner
+    if row is None or row.rate_rps is None:
+        return ""
+    sent = f" ({row.delivered_rate_rps:.4g} delivered)" if row.delivered_rate_rps is not None else ""
+    least = "; the gain is at least this" if gain else ""
+    return f"the winner kept up with all {row.rate_rps:g} requests/s{sent}: raise rate_rps to find its limit{least}"
+
+
+def has_random_weights(flags: Mapping[str, JsonValue]) -> bool:
+    """The model's weights are made up by vLLM."""
+    return flags.get("load_format") == "dummy"
 
 
 def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
@@ -409,9 +521,10 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
         if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
             path.unlink(missing_ok=True)  # of an earlier answer
             continue
-        config = ServingConfig(_deployed_model(experiment), experiment.revision, _flags(row))
+        config = ServingConfig(experiment.model, experiment.revision, _flags(row))
         script = config.start_script(
-            python=experiment.server.python or "python3",
+            python=server_python(experiment),
+            vllm_version=row.engine_version,
             comments=_script_comments(answer, row, experiment),
             env=experiment.server.env,
         )
@@ -422,23 +535,24 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
     return paths.get(deployed.config_hash) if deployed else None
 
 
-def _deployed_model(experiment: Experiment) -> str:
-    """A model directory as a path that holds wherever the script is run; a hub id as it is."""
-    path = Path(experiment.model).expanduser()
-    return str(path.resolve()) if path.is_dir() else experiment.model
-
-
 def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experiment) -> list[str]:
     role = "baseline" if row.purpose == "baseline" else f"trial {row.number}: {answer.headline}"
     lines = [
         f"varcas study {experiment.name}, {role}",
         f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; {experiment.workload.described}",
     ]
+    if has_random_weights(_flags(row)):
+        lines.append(RANDOM_WEIGHTS)
     return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
 
 
-def as_text(answer: Recommendation) -> str:
-    """The answer for a terminal, plain lines; Markdown reads the same."""
+def as_text(answer: Recommendation, again: str | None = None) -> str:
+    """The answer for a terminal, plain lines; Markdown reads the same.
+
+    Args:
+        answer: what `recommend` made of the rows.
+        again: the command that confirms a winner that is unconfirmed.
+    """
     lines = [
         f"# {answer.study}: {answer.verdict.replace('_', ' ')}",
         "",
@@ -447,16 +561,19 @@ def as_text(answer: Recommendation) -> str:
         f"{answer.model}, vLLM {answer.engine_version or '?'}, {answer.gpu or 'CPU'}"
         + (" - SIMULATED" if answer.simulated else ""),
     ]
-    if answer.slo:
-        lines.append("SLO: " + ", ".join(f"{key} <= {limit:g}" for key, limit in answer.slo.items()))
+    lines += _slo_lines(answer)
     for name, arm in (("baseline", answer.baseline), ("winner", answer.winner)):
         if arm and not (name == "winner" and answer.verdict == "baseline_best"):
             lines.append(_arm_line(name, arm, answer.objective))
     if answer.changes:
         lines += ["", "Change against the baseline:"]
-        lines += [f"  {flag} = {json.dumps(new)}" for flag, new in answer.changes.items()]
+        lines += [
+            f"  {flag} left out" if v is None else f"  {flag} = {json.dumps(v)}" for flag, v in answer.changes.items()
+        ]
     if answer.command:
-        lines += ["", "Deploy:", f"  {answer.script or answer.command}"]
+        unsure = answer.verdict == "unconfirmed"
+        lines += ["", "Deploy (unconfirmed):" if unsure else "Deploy:", f"  {answer.script or answer.command}"]
+        lines += ["", "To confirm it:", f"  {again}"] if unsure and again else []
     if answer.front:
         lines += ["", "Pareto front:"]
         lines += [
@@ -469,6 +586,14 @@ def as_text(answer: Recommendation) -> str:
     total = ", ".join(f"{count} {state}" for state, count in sorted(answer.counts.items()))
     lines += ["", f"Trials: {total}" + (f"; search ended: {answer.ended}" if answer.ended else "") + "."]
     return "\n".join(lines)
+
+
+def _slo_lines(answer: Recommendation) -> list[str]:
+    if not answer.limits:
+        return ["SLO: " + ", ".join(f"{key} <= {limit:g}" for key, limit in answer.slo.items())] if answer.slo else []
+    rate = f" at {answer.rate_rps:g} requests/s" if answer.rate_rps is not None else ""
+    sent = f" ({answer.delivered_rate_rps:.4g} delivered)" if answer.delivered_rate_rps is not None else ""
+    return [f"SLO{rate}{sent}, in the worst start:", *(f"  {limit_text(limit)}" for limit in answer.limits)]
 
 
 def _arm_line(name: str, arm: Arm, metric: str) -> str:
@@ -489,6 +614,6 @@ def _last_line(detail: str | None) -> str:
 
 
 def _failure_line(failure: Failure) -> str:
-    what = json.dumps(failure.flags) if failure.flags else "the baseline"
+    what = settings_text(failure.flags, failure.flags) or "the baseline"
     text = f"  trial {failure.number}, {what}: {failure.rule or failure.kind}: {_last_line(failure.detail)}"
     return text + (f"\n    {failure.hint}" if failure.hint else "")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
-from varcas.records import TrialRow
-from varcas.report import Recommendation, recommend
+from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
+from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
 from varcas.store import Store
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     import pyarrow as pa
 
 
@@ -82,7 +85,8 @@ class Results:
         """What to deploy, from the rows in the store."""
         name = self._named(study)
         scripts = self.path / "studies" / name
-        answer = recommend(self._store.rows(name), self.experiment(name))
+        ended = (self._store.study(name) or {}).get("ended")
+        answer = recommend(self._store.rows(name), self.experiment(name), ended=ended)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
@@ -95,10 +99,16 @@ class Results:
         """
         return self._store.sql(query)
 
-    def storage(self, study: str | None = None) -> str:
-        """Where Optuna keeps the study, as `study.storage` has it."""
-        experiment = self.experiment(study)
-        return experiment.study.storage or f"journal:{self.path / 'study.log'}"
+    def dashboard(self, study: str | None = None, *, port: int = 8080) -> WSGIServer:
+        """A server of optuna-dashboard over this store, loopback only; it shows rows that arrive while it runs.
+
+        Raises:
+            InputError: optuna-dashboard is not installed.
+        """
+        from varcas.study import dashboard_server
+
+        name = self._named(study)
+        return dashboard_server(self.experiment(name), lambda: self._store.rows(name), port)
 
     def _named(self, study: str | None) -> str:
         names = self.studies()
@@ -114,36 +124,90 @@ class Results:
         raise InputError(f"STUDY: {self.path} holds several: {', '.join(names)}. Name one.")
 
 
-def trial_text(row: TrialRow) -> str:
-    """One trial in words: what it is, what it measured or why it failed, how to reproduce it."""
+RATES = (
+    "output_tokens_per_s",
+    "output_tokens_per_s_lo",
+    "output_tokens_per_s_hi",
+    "prompt_tokens_per_s",
+    "request_rate_rps",
+    "goodput_rps",
+    "capacity_rps",
+    "rate_rps",
+    "delivered_rate_rps",
+    "duration_s",
+    "saturated",
+)
+REQUESTS = ("num_requests", "num_completed", "num_failed", "num_unfinished")
+TIMING = (
+    "fetch_s",
+    "server_start_s",
+    "compile_s",
+    "compile_cache_hit",
+    "warmup_s",
+    "load_s",
+    "drain_s",
+    "stop_s",
+    "overhead_s",
+)
+NO_FIGURES = {"number", "attempt", "seed", "measurement_version", "simulated", "measured_live", "valid", "slo_met"}
+
+
+def trial_text(row: TrialRow, slo: Mapping[str, float] | None = None) -> str:
+    """One trial in words: what it is, what it measured or why it failed, how to reproduce it.
+
+    Args:
+        row: the trial's.
+        slo: the study's limits.
+    """
     head = f"trial {row.number} of {row.study} ({row.purpose}{' ' + row.arm if row.arm else ''}): {row.state}"
     lines = [head + (" - SIMULATED" if row.simulated else "")]
     if row.failure_kind or row.reason_rule:
-        lines += [
-            f"  {row.reason_rule or row.failure_kind}: {row.failure_detail}",
-            f"  what to do: {row.failure_hint}" if row.failure_hint else "",
-        ]
+        lines.append(f"  {row.reason_rule or row.failure_kind}: {row.failure_detail}")
+        lines += [f"  what to do: {row.failure_hint}"] if row.failure_hint else []
     if row.invalid_reasons:
         lines.append(f"  not to be believed: {'; '.join(row.invalid_reasons)}")
     lines += [f"  warning: {warning}" for warning in row.warnings]
     lines += ["", "flags:", *(f"  {name}: {text}" for name, text in sorted(row.flags.items()))]
-    lines += ["", *_numbers(row)]
+    lines += _measured(row, slo or {})
     if row.command:
         lines += ["", "reproduce:", f"  {row.command}"]
     if row.log_path:
         lines += ["", f"server log: {row.log_path}"]
-    return "\n".join(line for line in lines if line is not None)
+    return "\n".join(lines)
 
 
-def _numbers(row: TrialRow) -> list[str]:
-    skipped = {"number", "attempt", "seed", "measurement_version"}
-    shown: list[tuple[str, Any]] = [
-        (name, getattr(row, name))
+def _measured(row: TrialRow, slo: Mapping[str, float]) -> list[str]:
+    """Every figure of a row, in groups; of a row that is not complete, what it came to: no zeros."""
+    grouped = {*RATES, *REQUESTS, *TIMING, *LATENCY_METRICS, "ttft_sent_mean_ms"}
+    rest = [
+        name
         for name, field in TrialRow.model_fields.items()
-        if name not in skipped and field.annotation in (float | None, int | None, bool | None)
+        if name not in grouped | NO_FIGURES and field.annotation in (float | None, int | None, bool | None)
     ]
-    lines = [f"  {name}: {_number(found)}" for name, found in shown if found is not None]
-    return ["measured:", *lines] if lines else []
+    loaded = row.num_requests is not None
+    lines = [f"  {limit_text(limit)}" for limit in limits_of(row.constraints, slo)]
+    lines = ["", "SLO:", *lines] if lines else []
+    lines += _group("rates", row, RATES) + _latency(row) + _group("requests", row, REQUESTS) if loaded else []
+    lines += _group("timing", row, TIMING) + _group("server and GPU", row, rest)
+    until = {"failed": "until it failed:", "stopped": "until it was stopped:"}.get(row.state)
+    return ["", until, *lines] if lines and until else lines
+
+
+def _group(title: str, row: TrialRow, names: Iterable[str]) -> list[str]:
+    whole = row.state == "complete"
+    shown = [(name, found) for name in names if (found := getattr(row, name)) is not None and (whole or found)]
+    return ["", f"{title}:", *(f"  {name}: {_number(found)}" for name, found in shown)] if shown else []
+
+
+def _latency(row: TrialRow) -> list[str]:
+    """A line a latency, a column a statistic."""
+    lines = ["", "latency in ms:", "  " + " " * 4 + "".join(f"{stat:>9}" for stat in STATISTICS)]
+    cells = {name: [getattr(row, f"{name}_{stat}_ms") for stat in STATISTICS] for name in LATENCIES}
+    for name, found in cells.items():
+        lines.append(f"  {name:4}" + "".join(f"{'-' if cell is None else _number(cell):>9}" for cell in found))
+    if row.ttft_sent_mean_ms is not None:
+        lines.append(f"  ttft from the send, mean: {_number(row.ttft_sent_mean_ms)}")
+    return lines + ([f"  {DASH_NOTE}"] if any(None in found for found in cells.values()) else [])
 
 
 def _number(found: float | int | bool) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import JsonValue, ValidationError
@@ -63,15 +66,17 @@ class ServingConfig:
 
     def argv(self) -> list[str]:
         """Arguments of the server, sorted by flag; without host, port and API key."""
-        return [word for words in self._arguments() for word in words]
+        return [word for words in self._arguments(self.model) for word in words]
 
-    def command(self, python: str) -> str:
-        """The shell command that starts this server with `python`."""
-        return shlex.join([python, "-m", SERVER_MODULE, *self.argv()])
+    def command(self, python: str, env: Mapping[str, str] | None = None) -> str:
+        """The shell command that starts this server with `python` and `env`, from any directory."""
+        words = [word for words in self._arguments(_placed(self.model)) for word in words]
+        return " ".join([*_assignments(env or {}), shlex.join([python, "-m", SERVER_MODULE, *words])])
 
     def start_script(
         self,
         python: str = "python",
+        vllm_version: str | None = None,
         port: int = 8000,
         comments: Iterable[str] = (),
         env: Mapping[str, str] | None = None,
@@ -79,14 +84,16 @@ class ServingConfig:
         """A bash script that starts this server. It holds no secret: vLLM reads VLLM_API_KEY from the environment.
 
         Args:
-            python: the Python that has vLLM.
+            python: the Python that has vLLM; PYTHON names another.
+            vllm_version: that it has, for the message where there is no such Python.
             port: default of SERVE_PORT.
             comments: lines for its head.
             env: environment variables that the server was measured with.
         """
         notes = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in sorted((env or {}).items())]
-        arguments = [f"  {shlex.join(words)}" for words in self._arguments()]
+        exports = [f"export {assignment}" for assignment in _assignments(env or {})]
+        arguments = [f"  {shlex.join(words)}" for words in self._arguments(_placed(self.model))]
+        wanted = f"vLLM {vllm_version}" if vllm_version else "vLLM"
         return "\n".join(
             [
                 "#!/usr/bin/env bash",
@@ -96,20 +103,40 @@ class ServingConfig:
                 "set -euo pipefail",
                 "",
                 f"python={shlex.quote(python)}",
+                'python="${PYTHON:-$python}"',
+                'if ! command -v -- "$python" >/dev/null; then',
+                f'  echo "$0: there is no $python here: set PYTHON to one with {wanted}" >&2',
+                "  exit 1",
+                "fi",
                 *exports,
                 "args=(",
                 *arguments,
                 ")",
-                f'exec "${{PYTHON:-$python}}" -m {SERVER_MODULE} "${{args[@]}}" \\',
+                f'exec "$python" -m {SERVER_MODULE} "${{args[@]}}" \\',
                 f'  --host "${{SERVE_HOST:-127.0.0.1}}" --port "${{SERVE_PORT:-{port}}}" "$@"',
                 "",
             ]
         )
 
-    def _arguments(self) -> list[list[str]]:
+    def _arguments(self, model: str) -> list[list[str]]:
         """Words of the command line, a list for each flag."""
-        named: list[tuple[str, JsonValue]] = [("model", self.model), ("revision", self.revision), *self.flags.items()]
+        named: list[tuple[str, JsonValue]] = [("model", model), ("revision", self.revision), *self.flags.items()]
         return [_words(name, value) for name, value in named if value is not None]
+
+
+def server_python(experiment: Experiment) -> str:
+    """Absolute path of the Python that starts the servers; not resolved: a virtual environment's is a link."""
+    return os.path.abspath(os.path.expanduser(experiment.server.python or sys.executable))
+
+
+def _placed(model: str) -> str:
+    """A model directory as a path that holds in any directory; a hub id as it is."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _assignments(env: Mapping[str, str]) -> list[str]:
+    return [f"{name}={shlex.quote(value)}" for name, value in sorted(env.items())]
 
 
 def _words(flag: str, value: JsonValue) -> list[str]:
@@ -396,7 +423,7 @@ class Space:
         for path, flags in named:
             for flag in flags:
                 try:
-                    check_flags([flag], known)
+                    check_flags([flag], known, python=server_python(e))
                 except InputError as error:
                     wrong.append(f"{e.place(*path, flag)}: {str(error).removeprefix(f'{flag}: ')}")
         if wrong:
@@ -501,14 +528,14 @@ def _apart(one: JsonValue, other: JsonValue) -> float:
     return doublings / (1 + doublings)
 
 
-def check_flags(flags: Iterable[str], known: Iterable[str]) -> None:
-    """Checks names against those that the installed vLLM has.
+def check_flags(flags: Iterable[str], known: Iterable[str], *, python: str = "python") -> None:
+    """Checks names against those that the vLLM of `python` has.
 
     Raises:
         InputError: unknown flags, each with the nearest right spelling.
     """
     names = {_plain(name) for name in known}
-    wrong = [_unknown(flag, names) for flag in flags if flag not in names]
+    wrong = [_unknown(flag, names, python) for flag in flags if flag not in names]
     if wrong:
         raise InputError("\n".join(wrong))
 
@@ -517,7 +544,7 @@ def _plain(flag: str) -> str:
     return flag.strip().lstrip("-").replace("-", "_").lower()
 
 
-def _unknown(flag: str, names: set[str]) -> str:
+def _unknown(flag: str, names: set[str], python: str) -> str:
     plain = _plain(flag)
     head = f"{flag}: the installed vLLM has no such flag."
     if plain in OWN_FLAGS:
@@ -530,7 +557,7 @@ def _unknown(flag: str, names: set[str]) -> str:
             return f"{head} Write {positive}: false."
     if plain.startswith("enable_") and (negative := "disable_" + plain.removeprefix("enable_")) in names:
         return f"{head} It has {negative}, which means the opposite."
-    return f"{head}{nearest(plain, names)} `python -m {SERVER_MODULE} --help=all` lists them."
+    return f"{head}{nearest(plain, names)} `{shlex.quote(python)} -m {SERVER_MODULE} --help=all` lists them."
 
 
 def _holds(value: JsonValue, wanted: JsonValue) -> bool:

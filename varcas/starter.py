@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from varcas import hardware
-from varcas.engine.fetch import check_local_model
+from varcas.engine.fetch import check_local_model, lacks_weights
 from varcas.engine.node import Node
 from varcas.errors import InputError, nearest
 from varcas.experiment import Server, parse_experiment
@@ -124,6 +124,8 @@ def _lines(
         yield "  gpu_memory_utilization: 0.90       # stated: its default changed between vLLM versions"
     if not on_cpu and sm < 80:
         yield "  dtype: half                        # this GPU has no bfloat16"
+    if lacks_weights(model):
+        yield "  load_format: dummy                 # no weights there: random ones. Timing is real, the text is not"
     if on_cpu:
         yield "  enforce_eager: true                # no torch.compile: faster starts"
     yield "baseline: {}                         # the configuration to beat: `serve` alone is vLLM's own default"

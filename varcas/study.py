@@ -13,12 +13,14 @@ What Optuna is told of a row:
 | lost through no fault of its own, stopped, or once not to be believed | FAIL, and proposed again | none |
 
 TPE ranks what violates constraints by the sum of its violations: those of measured rows are capped, so that a
-configuration that runs is always preferred to one that does not.
+configuration that runs is always preferred to one that does not. People are shown another study, made of the rows
+alone (`dashboard_view`): what failed has no value there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import hashlib
 import heapq
 import importlib.util
@@ -27,22 +29,23 @@ import math
 import os
 import random
 import re
-import shutil
-import sys
+import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from socketserver import ThreadingMixIn
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import unquote
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -53,6 +56,9 @@ from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.records import LATENCY_METRICS, Purpose, TrialRow
 from varcas.space import Flags, Label, Params, ServingConfig, Space, distance
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 FAILED = 1e3
 """Constraint value of a configuration that does not run."""
@@ -298,7 +304,7 @@ def _told(row: TrialRow, verdict: Verdict, ledger: _Ledger) -> _Told:
 
 
 def _attributes(row: TrialRow, constraints: Mapping[str, float], experiment: Experiment) -> dict[str, Any]:
-    """User attributes: optuna-dashboard 0.21 shows these, but not Optuna 5's constraints."""
+    """User attributes; `trial_id` ties an Optuna trial to its row."""
     named: dict[str, Any] = {
         "trial": row.number,
         "trial_id": row.trial_id,
@@ -835,21 +841,255 @@ def _redacted(text: str, url: str) -> str:
     return text
 
 
-def dashboard_command(storage_url: str, port: int = 8080) -> list[str]:
-    """Arguments that run optuna-dashboard on a study's storage, on loopback.
+# what the dashboard shows
+
+SHOWN = (
+    "output_tokens_per_s", "ttft_p50_ms", "ttft_p95_ms", "tpot_p50_ms", "tpot_p95_ms", "saturated", "goodput_rps",
+    "request_rate_rps", "server_start_s", "slo_met", "valid",
+)  # fmt: skip
+"""Columns that a trial of the dashboard carries, in its order; objectives and SLO keys stand before them."""
+REFRESH_S = 3.0
+"""The dashboard looks for new rows at most this often, and only when a page asks."""
+UNSET = "none"
+"""A flag that is left out, as `Space` names it."""
+
+
+class _View(InMemoryStorage):
+    """A throw-away storage whose best trial meets the SLO, where one does."""
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        best = super().get_best_trial(study_id)
+        trials = self.get_all_trials(study_id, deepcopy=False, states=(TrialState.COMPLETE,))
+        feasible = [trial for trial in trials if max(trial.constraints.values(), default=0.0) <= 0]
+        if not feasible:
+            return best
+        largest = self.get_study_directions(study_id)[0] == StudyDirection.MAXIMIZE
+        return max(feasible, key=lambda trial: (trial.values or [0.0])[0] * (1 if largest else -1))
+
+
+def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow]) -> BaseStorage:
+    """Rows as Optuna studies to look at; never the one that proposes, which is told values for failures too.
+
+    A trial has its row's number. Search and baseline are one study, confirmation starts another. A measured row is
+    COMPLETE, one pruned before a start PRUNED, one without a believable result FAIL; a number without a row WAITING.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = _View()
+    by_number = {row.number: row for row in sorted(rows, key=lambda row: (row.number, row.attempt))}
+    searched = {number: row for number, row in by_number.items() if row.purpose != "confirm"}
+    confirmed = [row for row in by_number.values() if row.purpose == "confirm"]
+    placed = _placed(experiment, searched.values())
+    study = _view_study(storage, experiment, experiment.name)
+    for number in range(max(searched, default=-1) + 1):
+        if number in searched:
+            _show(study, searched[number], experiment, *placed[number], {})
+        else:
+            study.add_trial(_missing(number in by_number))
+    if confirmed:
+        study = _view_study(storage, experiment, f"{experiment.name} (confirmation)")
+        arms: dict[str, BaseDistribution] = {"arm": CategoricalDistribution(("baseline", "candidate"))}
+        for row in confirmed:
+            _show(study, row, experiment, {"arm": row.arm}, arms, {"trial": row.number})
+    return storage
+
+
+def _view_study(storage: BaseStorage, experiment: Experiment, name: str) -> optuna.Study:
+    directions = [objective.direction for objective in experiment.objectives]
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, sampler=RandomSampler())
+    with _no_experimental_warnings():
+        study.set_metric_names([objective.metric for objective in experiment.objectives])
+    for key, value in _study_attributes(experiment).items():
+        study.set_user_attr(key, value)
+    return study
+
+
+def _missing(confirms: bool) -> FrozenTrial:
+    """Holds the place of a number without a row of the search."""
+    if confirms:
+        return create_trial(state=TrialState.PRUNED, user_attrs={"outcome": "a confirmation start, in its own study"})
+    return create_trial(state=TrialState.WAITING, user_attrs={"outcome": "no row yet: it runs, or its driver was lost"})
+
+
+_Placed = tuple[dict[str, Any], dict[str, BaseDistribution]]
+
+
+def _placed(experiment: Experiment, rows: Iterable[TrialRow]) -> dict[int, _Placed]:
+    """Parameters and distributions by number.
+
+    A configuration outside of the space gets labels of its own: Optuna's importances and plots look only at parameters
+    that every trial has, and the baseline often lies outside.
+    """
+    space = Space(experiment)
+    flags = {row.number: cast(Flags, json.loads(row.config_json)) for row in rows}
+    inside: dict[int, Params] = {}
+    known: dict[str, BaseDistribution] = {}
+    for number in flags:
+        params = space.params_of(flags[number])
+        if params is not None:
+            replayed = _Replayed(params)
+            space.propose(replayed)
+            inside[number] = params
+            known |= replayed.distributions
+    found = {number: inside.get(number) or _labels(flags[number], known) for number in flags}
+    for name, distribution in known.items():
+        if isinstance(distribution, CategoricalDistribution):
+            used = dict.fromkeys(
+                (*distribution.choices, *(params[name] for params in found.values() if name in params))
+            )
+            known[name] = CategoricalDistribution(cast(Sequence[Label], tuple(used)))
+    return {number: (params, {name: known[name] for name in params}) for number, params in found.items()}
+
+
+def _labels(flags: Flags, known: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """A configuration outside of the space, by the space's parameters."""
+    labels: dict[str, Any] = {}
+    for name, distribution in known.items():
+        value = flags.get(name)
+        if isinstance(distribution, CategoricalDistribution):
+            labels[name] = UNSET if value is None else value if isinstance(value, Label) else json.dumps(value)
+        elif isinstance(value, int | float) and distribution._contains(value):
+            labels[name] = value
+    return labels
+
+
+def _show(
+    study: optuna.Study,
+    row: TrialRow,
+    experiment: Experiment,
+    params: dict[str, Any],
+    distributions: dict[str, BaseDistribution],
+    first: dict[str, Any],
+) -> None:
+    from optuna_dashboard import save_note
+
+    state, values = _shown_result(row, experiment)
+    constraints = constraints_of(row, experiment) if values else {}
+    trial = create_trial(
+        state=state,
+        values=values,
+        params=params,
+        distributions=distributions,
+        user_attrs=first | _shown_attributes(row, experiment),
+        system_attrs={"constraints": list(constraints.values())},  # the key that optuna-dashboard 0.21 reads
+        constraints=constraints,
+    )
+    trial.datetime_start = row.started_at.astimezone().replace(tzinfo=None)  # as Optuna has it: local, naive
+    trial.datetime_complete = trial.datetime_start + datetime.timedelta(seconds=_wall_s(row))
+    study.add_trial(trial)
+    added = study.get_trials(deepcopy=False)[-1]
+    save_note(optuna.trial.Trial(study, added._trial_id), _note(row, experiment))
+
+
+def _shown_result(row: TrialRow, experiment: Experiment) -> tuple[TrialState, list[float] | None]:
+    if row.state == "infeasible":
+        return TrialState.PRUNED, None
+    values = objectives_of(row, experiment)
+    if row.state != "complete" or row.valid is False or values is None:
+        return TrialState.FAIL, None
+    return TrialState.COMPLETE, values
+
+
+def _wall_s(row: TrialRow) -> float:
+    stages = (row.fetch_s, row.server_start_s, row.warmup_s, row.load_s, row.drain_s, row.stop_s, row.overhead_s)
+    return sum(stage or 0.0 for stage in stages)
+
+
+def _outcome(row: TrialRow) -> str:
+    if row.state == "complete":
+        return "not to be believed" if row.valid is False else "misses the SLO" if row.slo_met is False else "complete"
+    return row.reason_rule or row.failure_kind or row.state
+
+
+def _shown_attributes(row: TrialRow, experiment: Experiment) -> dict[str, Any]:
+    columns = dict.fromkeys((*(o.metric for o in experiment.objectives), *sorted(experiment.slo), *SHOWN))
+    named: dict[str, Any] = {
+        "outcome": _outcome(row),
+        "failure_detail": row.failure_detail[:500] if row.failure_detail else None,
+        "hint": row.failure_hint,
+        "not_believed": "; ".join(row.invalid_reasons) or None,
+        **{name: _rounded(getattr(row, name)) for name in columns},
+        "log": row.log_path,
+        "command": row.command,
+        "config": _flags_text(json.loads(row.config_json)),
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def _rounded(value: float | bool | None) -> float | bool | None:
+    return round(value, 2) if isinstance(value, float) else value
+
+
+def _note(row: TrialRow, experiment: Experiment) -> str:
+    """One trial in Markdown: what came of it and why, what to do, its log, how to start it again."""
+    missed = [
+        f"{key} is {getattr(row, key):.4g}, the limit {limit:g}"
+        for key, limit in sorted(experiment.slo.items())
+        if row.constraints.get(key, 0) > 0 and getattr(row, key) is not None
+    ]
+    parts = [
+        f"**{'SIMULATED: ' if row.simulated else ''}{_outcome(row)}**",
+        f"```\n{row.failure_detail}\n```" if row.failure_detail else None,
+        f"What to do: {row.failure_hint}" if row.failure_hint else None,
+        "; ".join([*row.invalid_reasons, *missed]) or None,
+        f"Server log: [{row.log_path}](/log/{row.number})" if row.log_path else None,
+        f"Start this server again:\n```\n{row.command}\n```" if row.command else None,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+class _Fresh:
+    """The dashboard's WSGI application over the newest rows, and the servers' logs at `/log/N`."""
+
+    def __init__(self, experiment: Experiment, read: Callable[[], Sequence[TrialRow]]) -> None:
+        self._experiment, self._read = experiment, read
+        self._lock = threading.Lock()
+        self._rows: Sequence[TrialRow] = ()
+        self._app: WSGIApplication | None = None
+        self._looked_s = 0.0
+
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        app = self._refreshed()
+        number = environ["PATH_INFO"].removeprefix("/log/")
+        return self._log(number, start_response) if number.isdecimal() else app(environ, start_response)
+
+    def _refreshed(self) -> WSGIApplication:
+        from optuna_dashboard import wsgi
+
+        with self._lock:
+            if self._app is None or time.monotonic() - self._looked_s > REFRESH_S:
+                rows = self._read()
+                if self._app is None or [row.trial_id for row in rows] != [row.trial_id for row in self._rows]:
+                    self._rows, self._app = rows, wsgi(dashboard_view(self._experiment, rows))
+                self._looked_s = time.monotonic()
+            return self._app
+
+    def _log(self, number: str, start_response: StartResponse) -> Iterable[bytes]:
+        paths = [Path(row.log_path) for row in self._rows if row.number == int(number) and row.log_path]
+        found = [path for path in paths if path.is_file()]
+        start_response("200 OK" if found else "404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
+        return [found[-1].read_bytes() if found else b"This log is not on this machine."]
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Unlogged(WSGIRequestHandler):
+    """Writes no line per request: an open page asks every few seconds."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
+        """Nothing."""
+
+
+def dashboard_server(experiment: Experiment, read: Callable[[], Sequence[TrialRow]], port: int) -> WSGIServer:
+    """optuna-dashboard on the loopback, over the rows that `read` gives; `serve_forever` runs it.
 
     Raises:
-        InputError: optuna-dashboard is not installed, or the file does not exist.
+        InputError: optuna-dashboard is not installed.
     """
-    program = Path(sys.executable).with_name("optuna-dashboard")
-    found = str(program) if program.exists() else shutil.which("optuna-dashboard")
-    if found is None:
+    if importlib.util.find_spec("optuna_dashboard") is None:
         raise InputError("dashboard: optuna-dashboard is not installed: `pip install 'varcas[dashboard]'`.")
-    scheme, _, rest = storage_url.partition(":")
-    path = Path(rest if scheme == "journal" else rest.removeprefix("///"))
-    if scheme in ("journal", "sqlite") and not path.is_file():
-        raise InputError(f"study.storage: {storage_url!r}: {path} does not exist yet. Run `varcas sweep` first.")
-    target = (
-        str(path) if scheme == "journal" else _with_driver(storage_url) if _is_postgresql(storage_url) else storage_url
-    )
-    return [found, target, "--host", "127.0.0.1", "--port", str(port)]
+    warnings.filterwarnings("ignore", category=UserWarning, module="optuna")  # of few trials, at each look
+    server = make_server("127.0.0.1", port, _Fresh(experiment, read), _Server, _Unlogged)
+    assert isinstance(server, WSGIServer)
+    return server

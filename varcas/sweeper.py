@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import statistics
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from varcas.engine.failures import HINTS, RETRIED
-from varcas.engine.fetch import check_local_model, is_local
+from varcas.engine.fetch import check_local_model, is_local, weights_problem
 from varcas.engine.node import Checked, Node, NodeFacts
-from varcas.errors import InputError
+from varcas.engine.validation import refusal
+from varcas.errors import InputError, VarcasError, nearest
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
-from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
-from varcas.report import Recommendation, confirmations, find, recommend, write_scripts
-from varcas.space import ServingConfig, Space
+from varcas.records import MEASUREMENT_VERSION, LoadResult, Outcome, Purpose, StageTimes, TrialRow
+from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
+from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
-from varcas.study import Proposal, Study, open_study
+from varcas.study import SAMPLERS, Proposal, Study, open_study
 from varcas.trial import TrialTask, run_trial
 from varcas.workload.schedule import check_workload, identity
 
@@ -37,6 +39,10 @@ MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
 GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 """Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
+HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
+"""Failures of the baseline that no flag changes: a sweep ends with them, and tries the baseline again when resumed."""
+MAX_LISTED = 10_000
+"""Larger spaces are not listed to see how much of them is left."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
@@ -51,6 +57,7 @@ class Plan:
     space_size: int | None
     search_starts: int
     search_done: int
+    search_left: int
     confirm_starts: int
     start_s: float
     load_s: float
@@ -60,7 +67,7 @@ class Plan:
     @property
     def total_s(self) -> float:
         """Upper estimate of what is left, in wall seconds."""
-        starts = max(0, self.search_starts - self.search_done) + self.confirm_starts
+        starts = self.search_left + self.confirm_starts
         estimate = starts * (self.start_s + self.load_s) / self.width
         return estimate if self.budget_s is None else min(estimate, self.budget_s)
 
@@ -73,6 +80,8 @@ class Event:
     text: str = ""
     plan: Plan | None = None
     row: TrialRow | None = None
+    number: int | None = None  # of the trial that starts
+    total: int | None = None  # starts that this confirmation is about to make
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +128,49 @@ def sweep(
         InputError: the experiment cannot be run as asked here; nothing was started.
         VarcasError: the work failed.
     """
-    space = Space(experiment)
-    check_paths(experiment)
-    check_local_model(experiment.model)
-    check_workload(experiment.workload, experiment.serve)
-    with Store(experiment.results) as store, Pool(experiment.hardware, address, **ray_options) as pool:
+    space = check(experiment)
+    with (
+        located(experiment),
+        Store(experiment.results) as store,
+        Pool(experiment.hardware, address, **ray_options) as pool,
+    ):
         stop = stopping or threading.Event()
         sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
             return sweeper.answer()
+
+
+def check(experiment: Experiment) -> Space:
+    """Checks what needs neither Ray nor vLLM, and returns the space.
+
+    Raises:
+        InputError: with file, line, key and fix.
+    """
+    with located(experiment):
+        space = Space(experiment)
+        check_paths(experiment)
+        check_local_model(experiment.model)
+        check_workload(experiment.workload, experiment.serve)
+        _check_sampler(experiment, space)
+    return space
+
+
+@contextlib.contextmanager
+def located(experiment: Experiment) -> Iterator[None]:
+    """Gives file and line to what is said about a key of the experiment."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(experiment.located(str(error))) from error
+
+
+def _check_sampler(experiment: Experiment, space: Space) -> None:
+    name = experiment.study.sampler
+    if name not in SAMPLERS:
+        raise InputError(f"study.sampler: {name!r} is unknown.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
+    SAMPLERS[name](experiment.study.seed, space)  # refuses what is not installed here
 
 
 def check_paths(experiment: Experiment) -> None:
@@ -208,7 +249,8 @@ class Sweeper:
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
-        self.study: Study = open_study(experiment, self.space, storage, past=self._rows)
+        past = [row for row in self._rows if not _is_hopeless(row)]
+        self.study: Study = open_study(experiment, self.space, storage, past=past)
 
     def _check_baseline(self) -> None:
         """The configuration to beat must be one that vLLM takes.
@@ -216,20 +258,11 @@ class Sweeper:
         Raises:
             InputError: in vLLM's words, with the flag's place in the file.
         """
-        e = self.experiment
-        checked = self._check(self.space.config(e.baseline))
-        if checked.ok:
-            return
-        if checked.stage == "endpoint":
-            raise InputError(f"{e.place('workload', 'endpoint')}: {e.workload.endpoint}: {checked.error}")
-        section = "serve" if checked.flag in e.serve and checked.flag not in e.baseline else "baseline"
-        given = {**e.serve, **e.baseline}.get(checked.flag or "")
-        value = f" {json.dumps(given)}:" if given is not None else ""
-        place = e.place(section, *([checked.flag] if checked.flag else []))
-        raise InputError(
-            f"{place}:{value} vLLM {self.facts.engine_version} refuses the baseline: {checked.error}. "
-            "Give a value that it takes; `varcas validate` asks it without starting anything."
-        )
+        config = self.space.config(self.experiment.baseline)
+        checked = self._check(config)
+        if not checked.ok:
+            said = refusal(self.experiment, checked, self.facts.engine_version, config.flags, "baseline")
+            raise InputError(f"{said}; `varcas validate` asks it without starting anything.")
 
     def _keep_fingerprint(self) -> None:
         """Rows of one study name must have measured the same thing.
@@ -241,11 +274,10 @@ class Sweeper:
         before = self.store.study(name)
         if before is not None:
             old = before["fingerprint"]
-            if changed := [key for key in now if old.get(key) != now[key]]:
-                key = changed[0]
+            if changed := [_changes(key, old.get(key), now[key]) for key in now if old.get(key) != now[key]]:
                 raise InputError(
-                    f"name: {name!r}: {self.experiment.results} holds a study of that name with another {key} "
-                    f"({json.dumps(old.get(key))}, now {json.dumps(now[key])}): their rows cannot be compared. "
+                    f"name: {name!r}: {self.experiment.results} holds a study of that name with another "
+                    f"{', another '.join(changed)}: their rows cannot be compared. "
                     "Give this experiment another `name`, or other `results`."
                 )
         self.store.save_study(name, {"fingerprint": now, "experiment": json.loads(self.experiment.model_dump_json())})
@@ -269,17 +301,33 @@ class Sweeper:
     # search
 
     def search(self) -> None:
-        """Runs the study until its budget, its space or its luck is spent."""
-        self._emit(Event("plan", plan=self.plan()))
+        """Runs the study until its budget, its space or its luck is spent.
+
+        Raises:
+            VarcasError: the baseline fails for a reason that every configuration shares.
+        """
+        known = len(self._rows)
+        self._emit(Event("plan", plan=self._opening_plan()))
         while not self._stopping.is_set():
             while not self._stopping.is_set() and (job := self._next_job()):
                 self._start(job)
             if not self.pool.busy:
                 break
             self._collect()
+            self._check_hope(self._rows[known:])
         self.ended = self.study.ended or ("interrupted" if self._stopping.is_set() else self.ended)
         if self._stopping.is_set():
             raise KeyboardInterrupt
+
+    def _check_hope(self, rows: Sequence[TrialRow]) -> None:
+        row = next((row for row in rows if _is_hopeless(row)), None)
+        if row is None or any(row.state == "complete" for row in self._rows):
+            return
+        hint = weights_problem(self.experiment.model, json.loads(row.config_json)) or row.failure_hint
+        raise VarcasError(
+            f"trial {row.number} (baseline): {row.failure_kind}: {row.failure_detail}. No flag of the space changes "
+            f"that: the sweep ends. Fix: {hint}; then run it again. Log: {row.log_path or 'none'}"
+        )
 
     def _next_job(self) -> Job | None:
         """The next configuration to start, None when there is no room, no time or nothing left."""
@@ -355,7 +403,7 @@ class Sweeper:
         self._jobs[job.key] = (job, time.monotonic())
         self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
         self.pool.prepare()
-        self._emit(Event("start", text=_described(job)))
+        self._emit(Event("start", text=_described(job), number=job.number))
 
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
@@ -393,11 +441,10 @@ class Sweeper:
 
     def _confirm_pair(self, baseline: TrialRow, winner: TrialRow) -> bool:
         """Runs the missing starts of both arms; True when the winner failed and another must be confirmed."""
-        repeats = self.experiment.study.repeats
-        self._emit(
-            Event("confirm", text=f"confirming trial {winner.number} against the baseline, {repeats} starts each")
-        )
         queue = self._missing(baseline, winner)
+        if queue:
+            text = f"confirming trial {winner.number} against the baseline, {self.experiment.study.repeats} starts each"
+            self._emit(Event("confirm", text=text, total=len(queue)))
         while queue or self.pool.busy:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
@@ -453,6 +500,8 @@ class Sweeper:
         """Writes the start scripts and returns the recommendation."""
         directory = Path(self.experiment.results) / "studies" / self.experiment.name
         script = write_scripts(self._rows, self.experiment, directory)
+        saved = self.store.study(self.experiment.name) or {}
+        self.store.save_study(self.experiment.name, {**saved, "ended": self.ended})
         return recommend(self._rows, self.experiment, script=script, ended=self.ended)
 
     # pieces
@@ -464,18 +513,36 @@ class Sweeper:
         guess = GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
         size = self.space.size()
         searches = study.trials if size is None else min(study.trials, size + 1)
-        done = sum(row.purpose != "confirm" and row.server_start_s is not None for row in self._rows)
+        done = self.study.spent
         return Plan(
             study=self.experiment.name,
             space_size=size,
             search_starts=searches,
             search_done=done,
+            search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
             load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
         )
+
+    def _opening_plan(self) -> Plan:
+        """The plan as far as the rows in the store tell what is left of it."""
+        plan, left = self.plan(), self._search_left()
+        pair = None if left else self._finalists()
+        confirm = plan.confirm_starts if left else len(self._missing(*pair)) if pair and plan.confirm_starts else 0
+        return replace(plan, search_starts=plan.search_done + left, search_left=left, confirm_starts=confirm)
+
+    def _search_left(self) -> int:
+        """Starts that the search may still make."""
+        e, size = self.experiment, self.space.size()
+        left = max(0, e.study.trials - self.study.spent)
+        if size is None or size > MAX_LISTED:
+            return left
+        named = [self.space.config(flags) for flags in (e.baseline, *e.study.enqueue)]
+        hashes = {config.hash for config in (*named, *self.space.configs())}
+        return min(left, sum(self.study.answered(key) is None for key in hashes))
 
     def _out_of_time(self, reserve: bool = True) -> bool:
         """Whether one more search start would eat what confirmation needs."""
@@ -492,8 +559,9 @@ class Sweeper:
         return number
 
     def _attempts(self, config: ServingConfig) -> int:
-        running = sum(job.proposal.config.hash == config.hash for job, _ in self._jobs.values())
-        return sum(row.config_hash == config.hash for row in self._rows) + running
+        key = config.hash
+        running = sum(job.proposal.config.hash == key for job, _ in self._jobs.values())
+        return sum(row.config_hash == key for row in self._rows) + running
 
     def _log_dir(self) -> Path:
         return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
@@ -548,7 +616,7 @@ class Sweeper:
             "config_hash": config.hash,
             "params_json": json.dumps(job.proposal.params, sort_keys=True),
             "flags": {name: json.dumps(flag, sort_keys=True) for name, flag in config.flags.items()},
-            "command": config.command(e.server.python or "python3"),
+            "command": config.command(server_python(e), e.server.env),
             "env_json": json.dumps(dict(e.server.env), sort_keys=True),
             "resolved_json": json.dumps(job.checked.resolved, sort_keys=True) if job.checked.resolved else None,
             "model": e.model,
@@ -565,6 +633,10 @@ class Sweeper:
             "gpu_count": config.num_gpus if self.pool.slots.on_gpu else 0,
         }
         return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
+
+
+def _is_hopeless(row: TrialRow) -> bool:
+    return row.purpose == "baseline" and row.failure_kind in HOPELESS
 
 
 def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
@@ -597,7 +669,23 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         columns |= summarise(outcome.load, experiment.slo, outcome.samples, arrival=experiment.workload.arrives.kind)
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
+        if outcome.state == "stopped":
+            columns |= {"valid": False, "invalid_reasons": [_cut_short(outcome.load, experiment.workload.duration_s)]}
     return columns
+
+
+def _cut_short(load: LoadResult, asked_s: float) -> str:
+    if load.duration_s < asked_s:
+        return f"interrupted after {load.duration_s:.1f} of {asked_s:g} s"
+    return "interrupted while the last requests were answered"
+
+
+def _changes(key: str, old: Any, new: Any) -> str:
+    """`workload (rate_rps 6 -> 7)`: what differs between two values of a fingerprint."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return f"{key} ({json.dumps(old)} -> {json.dumps(new)})"
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return f"{key} ({', '.join(f'{n} {json.dumps(old.get(n))} -> {json.dumps(new.get(n))}' for n in names)})"
 
 
 def _staged_s(times: StageTimes) -> float:
@@ -606,6 +694,5 @@ def _staged_s(times: StageTimes) -> float:
 
 
 def _described(job: Job) -> str:
-    what = json.dumps(job.proposal.params or dict(job.proposal.flags))
-    role = f"{job.purpose} {job.arm}" if job.arm else job.purpose
-    return f"trial {job.number} ({role}): {what}"
+    what = described(job.purpose, job.arm, job.proposal.params, job.proposal.config.flags)
+    return f"trial {job.number}: {what}"

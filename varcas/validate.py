@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable, Iterator
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from varcas.engine.fetch import check_local_model
+from varcas import hardware
+from varcas.engine.fetch import weights_problem
 from varcas.engine.node import Node
+from varcas.engine.probe import probe_python
+from varcas.engine.validation import Checked, refusal
+from varcas.errors import nearest
 from varcas.experiment import Experiment
-from varcas.space import Space
-from varcas.workload.schedule import check_workload
+from varcas.space import ServingConfig, Space
+from varcas.sweeper import check, located
 
 CHECKED_AT_MOST = 200
 """Configurations of the space that are put to vLLM; a further one costs 3 ms, but a large space has millions."""
 
 
 class Refused(BaseModel):
-    """A configuration that vLLM refuses, in its own words."""
+    """A configuration that vLLM refuses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     flags: dict[str, JsonValue]
-    error: str
+    over_serve: dict[str, JsonValue] = Field(description="what of them differs from `serve`; null: left out")
+    error: str = Field(description="in vLLM's own words")
+    message: str = Field(description="with file, line, flag and value")
 
 
 class Validated(BaseModel):
@@ -34,26 +42,32 @@ class Validated(BaseModel):
     checked: int = Field(description="configurations put to vLLM")
     refused: list[Refused]
     baseline_ok: bool
-    baseline_error: str | None
+    baseline_error: str | None = Field(description="in vLLM's own words")
+    baseline_message: str | None = Field(description="with file, line, flag and value, as `varcas sweep` says it")
+    notes: list[str] = Field(description="what is not wrong in itself: a GPU or a Python that is not here, no weights")
 
 
-def validate(experiment: Experiment) -> Validated:
+def validate(experiment: Experiment, on_note: Callable[[str], None] = lambda text: None) -> Validated:
     """Checks names, values and combinations.
+
+    Args:
+        experiment: what `varcas sweep` would run.
+        on_note: told before vLLM is asked, which takes a while.
 
     Raises:
         InputError: an unknown flag, an empty space, a model directory that is not there.
     """
-    space = Space(experiment)
-    check_local_model(experiment.model)
-    check_workload(experiment.workload, experiment.serve)
+    space = check(experiment)
     node = Node(experiment.server, experiment.model, experiment.revision)
     try:
-        return _asked(experiment, space, node)
+        with located(experiment):
+            return _asked(experiment, space, node, on_note)
     finally:
         node.close()
 
 
-def _asked(experiment: Experiment, space: Space, node: Node) -> Validated:
+def _asked(experiment: Experiment, space: Space, node: Node, on_note: Callable[[str], None]) -> Validated:
+    notes = [*_notes(experiment)]
     if not node.has_vllm():
         return Validated(
             experiment=experiment.name,
@@ -63,31 +77,94 @@ def _asked(experiment: Experiment, space: Space, node: Node) -> Validated:
             refused=[],
             baseline_ok=True,
             baseline_error=None,
+            baseline_message=None,
+            notes=notes,
         )
-    facts = node.facts()
-    known = node.flag_names()
-    space.check_names(known)
-    baseline = node.check(space.config(experiment.baseline).argv(), experiment.workload.endpoint)
-    configs = list(itertools.islice(space.configs(), CHECKED_AT_MOST)) if space.size() is not None else []
-    answers = [(config, node.check(config.argv(), experiment.workload.endpoint)) for config in configs]
+    on_note("asking vLLM (about 15 s the first time)")
+    version = node.facts().engine_version
+    space.check_names(node.flag_names())
+
+    def ask(config: ServingConfig) -> tuple[ServingConfig, Checked]:
+        return config, node.check(config.argv(), experiment.workload.endpoint)
+
+    baseline, checked = ask(space.config(experiment.baseline))
+    configs = itertools.islice(space.configs(), CHECKED_AT_MOST) if space.size() is not None else ()
+    answers = [ask(config) for config in configs]
     return Validated(
         experiment=experiment.name,
-        engine_version=facts.engine_version,
+        engine_version=version,
         space_size=space.size(),
         checked=len(answers) + 1,
-        refused=[Refused(flags=dict(c.flags), error=str(a.error)) for c, a in answers if not a.ok],
-        baseline_ok=baseline.ok,
-        baseline_error=baseline.error,
+        refused=[
+            Refused(
+                flags=dict(config.flags),
+                over_serve=space.over_serve(config),
+                error=str(answer.error),
+                message=f"{refusal(experiment, answer, version, config.flags, 'space')}.",
+            )
+            for config, answer in answers
+            if not answer.ok
+        ],
+        baseline_ok=checked.ok,
+        baseline_error=checked.error,
+        baseline_message=None
+        if checked.ok
+        else f"{refusal(experiment, checked, version, baseline.flags, 'baseline')}.",
+        notes=notes,
     )
 
 
+def _notes(experiment: Experiment) -> Iterator[str]:
+    """What may be right elsewhere, or is known to go wrong only once a server starts."""
+    e = experiment
+    if problem := weights_problem(e.model, {**e.serve, **e.baseline}):
+        yield f"{e.place('model')}: {problem}."
+    elif "dummy" in (e.serve.get("load_format"), e.baseline.get("load_format")):
+        yield f"{e.place('serve', 'load_format')}: dummy: random weights: timing is real, text is not."
+    probed = probe_python(e.server.python)
+    if e.server.python and probed.problem:
+        yield f"{e.place('server', 'python')}: {probed.python}: not on this machine ({probed.problem})."
+    elif probed.vllm_version is None:
+        yield f"{e.place('server', 'python')}: {probed.python}: has no vLLM."
+    if e.hardware.gpu not in ("auto", "cpu"):
+        yield _gpu_note(e.hardware.gpu, e.place("hardware", "gpu"))
+
+
+def _gpu_note(wanted: str, place: str) -> str:
+    here = sorted({gpu.kind for gpu in hardware.gpus()})
+    if wanted in here:
+        return f"{place}: {wanted}: on this machine."
+    there = f"it has {', '.join(here)}" if here else "it has no GPU"
+    note = f"{place}: {wanted}: not on this machine ({there}): checked when the sweep starts."
+    known = list(hardware.KINDS.values())
+    if wanted in known:
+        return note
+    return f"{note} No GPU type that varcas knows.{nearest(wanted, ['cpu', *known])} Known: cpu, {', '.join(known)}."
+
+
 def validated_text(answer: Validated) -> str:
-    """The outcome in words."""
+    """The outcome in words: equal refusals once."""
     size = "continuous" if answer.space_size is None else f"{answer.space_size} configurations"
     if answer.engine_version is None:
-        return f"{answer.experiment}: well formed, space: {size}. No vLLM here: flags are checked on the first node."
+        head = f"{answer.experiment}: well formed, space: {size}. No vLLM here: flags are checked on the first node."
+        return "\n".join([head, *_note_lines(answer)])
     lines = [f"{answer.experiment}: space: {size}; vLLM {answer.engine_version} was asked about {answer.checked}."]
-    if not answer.baseline_ok:
-        lines.append(f"baseline: refused: {answer.baseline_error}")
-    lines += [f"refused: {refused.flags}: {refused.error}" for refused in answer.refused]
-    return "\n".join(lines if len(lines) > 1 else [*lines, "None was refused."])
+    groups: dict[str, list[Refused]] = {}
+    for refused in answer.refused:
+        groups.setdefault(refused.error, []).append(refused)
+    if answer.baseline_message is not None:
+        same = len(groups.pop(answer.baseline_error or "", []))
+        lines.append(answer.baseline_message + (f" {same} configurations of the space fail alike." if same else ""))
+    lines += [f"{same[0].message} Refused: {_described(same)}." for same in groups.values()]
+    if len(lines) == 1:
+        lines.append("None was refused.")
+    return "\n".join([*lines, *_note_lines(answer)])
+
+
+def _note_lines(answer: Validated) -> list[str]:
+    return [f"note: {note}" for note in answer.notes]
+
+
+def _described(refused: list[Refused]) -> str:
+    flags = " ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in refused[0].over_serve.items())
+    return flags if len(refused) == 1 else f"{len(refused)} configurations, the first {flags}"

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from varcas.engine.fetch import FetchedModel, check_local_model, fetch_model, is_local, local_revision
+from varcas.engine.fetch import (
+    FetchedModel,
+    check_local_model,
+    fetch_model,
+    is_local,
+    lacks_weights,
+    local_revision,
+    weights_problem,
+)
 from varcas.errors import InputError, TrialError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -73,8 +81,23 @@ def test_a_directory_needs_a_config(tmp_path: Path, model_dir: Path) -> None:
 
 
 def test_a_missing_directory_under_an_existing_one_is_no_hub_id() -> None:
-    with pytest.raises(InputError, match=r"model: tests/absent: no such directory"):
+    with pytest.raises(InputError, match=r"model: tests/absent: no such directory") as caught:
         check_local_model("tests/absent")
+    assert str(Path("tests/absent").absolute()) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.gguf", "model.safetensors.index.json"])
+def test_weights_are_looked_for(name: str, model_dir: Path) -> None:
+    assert lacks_weights(str(model_dir))
+    assert "load_format: dummy" in (weights_problem(str(model_dir), {}) or "")
+    assert weights_problem(str(model_dir), {"load_format": "dummy"}) is None
+    (model_dir / name).touch()
+    assert not lacks_weights(str(model_dir))
+    assert weights_problem(str(model_dir), {}) is None
+
+
+def test_the_weights_of_a_hub_model_are_not_looked_for() -> None:
+    assert not lacks_weights("org/name")
 
 
 def test_a_directory_is_its_own_path_and_its_revision_follows_its_content(tmp_path: Path, model_dir: Path) -> None:

@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from varcas.engine.probe import MissingVllmError
-from varcas.engine.validation import FlagInfo, Validator
+from varcas.engine.validation import Checked, FlagInfo, Validator, refusal
 from varcas.engine.vllm import server_env
 from varcas.errors import VarcasError
+from varcas.experiment import parse_experiment
 
 VLLM = [sys.executable, "experiments/make_model.py", "tiny-llama"]
 
@@ -53,6 +55,26 @@ def test_a_refusal_names_the_flag(validator: Validator, model_dir: Path) -> None
     checked = validator.check(["--model", str(model_dir), "--max-num-seqs", "0"])
     assert (checked.ok, checked.flag, checked.stage) == (False, "max_num_seqs", "config")
     assert checked.error == "max_num_seqs: Input should be greater than or equal to 1"
+
+
+@pytest.mark.parametrize(
+    ("flag", "over", "said"),
+    [
+        ("max_model_len", "baseline", 'x.yaml:4: serve.max_model_len: "lots": vLLM 1.0 refuses the baseline: no'),
+        ("max_num_seqs", "space", "x.yaml:5: space.max_num_seqs: 0: vLLM 1.0 refuses it: no"),
+        ("max_num_seqs", "baseline", "x.yaml:6: baseline.max_num_seqs: 0: vLLM 1.0 refuses the baseline: no"),
+        (None, "space", "x.yaml:5: space: vLLM 1.0 refuses it: no"),
+    ],
+)
+def test_a_refusal_in_words_has_its_place(flag: str | None, over: Literal["baseline", "space"], said: str) -> None:
+    text = (
+        "name: t\nmodel: m\nworkload: {rate_rps: 1}\nserve: {max_model_len: lots}\n"
+        "space: {max_num_seqs: {choices: [0]}}\nbaseline: {max_num_seqs: 0}\n"
+    )
+    experiment = parse_experiment(text, "x.yaml")
+    flags = {"max_model_len": "lots", "max_num_seqs": 0}
+    checked = Checked(False, error="no.", flag=flag, stage="config")
+    assert refusal(experiment, checked, "1.0", flags, over) == f"{said}. Give a value that it takes"
 
 
 def test_an_unknown_flag_is_answered_with_the_nearest(validator: Validator, model_dir: Path) -> None:

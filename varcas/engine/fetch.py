@@ -25,6 +25,8 @@ STOP_GRACE_S = 1.0
 HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$", re.ASCII)
 LARGE_BYTES = 64 * 2**20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+FROM_FILES = ("auto", "hf", "safetensors", "pt", "npcache", "mistral", "gguf")
+"""`load_format`s that read `WEIGHTS` (vllm/config/load.py); `dummy` needs none, others have files of their own."""
 SCRIPT = """
 import json, os, sys
 from huggingface_hub import HfApi, snapshot_download
@@ -78,17 +80,45 @@ def check_local_model(model: str) -> None:
         raise InputError(f"model: {model}: {problem}")
 
 
+def lacks_weights(model: str) -> bool:
+    """Whether a model is a directory here that holds neither weights nor an index of them."""
+    path = Path(model).expanduser()
+    return path.is_dir() and not any(
+        entry.name.endswith((*WEIGHTS, ".index.json")) for entry in path.iterdir() if entry.is_file()
+    )
+
+
+def weights_problem(model: str, flags: Mapping[str, object]) -> str | None:
+    """Why a server with these flags cannot load a local model; None when nothing is known against it."""
+    if flags.get("load_format", "auto") not in FROM_FILES or not lacks_weights(model):
+        return None
+    return (
+        f"{Path(model).expanduser().absolute()} holds no weights ({', '.join('*' + end for end in WEIGHTS)}): "
+        "no server can start. Add them, or write `load_format: dummy` under `serve:` "
+        "(random weights: timing is real, text is not)"
+    )
+
+
 def _problem(model: str) -> str | None:
     path = Path(model).expanduser()
     if not is_local(model):
         first = path.parts[0]
         if len(path.parts) == 2 and Path(first).is_dir():
-            return f"no such directory ({first}/ is there); give an existing one, or a hub id that is not a path here"
+            return (
+                f"no such directory (tried {path.absolute()}; {first}/ is there). Give an existing one, as seen from "
+                "the working directory, or a hub id that is not a path here"
+            )
         return None
     if not path.is_dir():
-        return "no such directory. Give a directory with config.json, or a hub id such as org/name"
+        return (
+            f"no such directory (tried {path.absolute()}). Give a directory with config.json, as seen from the working "
+            "directory, or a hub id such as org/name"
+        )
     if not (path / "config.json").is_file() and not (path / "params.json").is_file():
-        return "has no config.json: this is no model directory. Give the one that holds the weights and config.json"
+        return (
+            f"has no config.json: {path.absolute()} is no model directory. "
+            "Give the one that holds the weights and config.json"
+        )
     return None
 
 
@@ -187,7 +217,10 @@ def _fetch(
         answer = child.stdout.read() if status == 0 else ""
     if not answer:
         kind, line = classify(read_log(log), status, "download")
-        raise TrialError("missing_dependency" if kind == "missing_dependency" else "model_download", f"{model}: {line}")
+        if kind == "missing_dependency":
+            raise TrialError(kind, f"{model}: {line}")
+        tried = Path(model).absolute()
+        raise TrialError("model_download", f"{model} (taken as a hub id: no directory {tried}): {line}")
     fetched = FetchedModel(**json.loads(answer.splitlines()[-1]))
     if problem := _problem(fetched.path):
         raise TrialError("bad_model_files", f"{model}: {problem}")

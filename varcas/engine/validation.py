@@ -17,6 +17,7 @@ from varcas.engine.failures import classify, read_log
 from varcas.engine.fetch import local_revision, write_json
 from varcas.engine.probe import MissingVllmError, probe_python
 from varcas.errors import VarcasError, nearest
+from varcas.experiment import Experiment
 
 SCRIPT = Path(__file__).with_name("validator.py")
 FIRST_ANSWER_S = 180.0
@@ -74,6 +75,31 @@ class Checked:
     error: str | None = None
     flag: str | None = None
     stage: str | None = None
+
+
+def refusal(
+    experiment: Experiment, checked: Checked, version: str, flags: Mapping[str, Any], over: Literal["baseline", "space"]
+) -> str:
+    """A refusal in words for people: the flag's place in the file, its value, what vLLM says.
+
+    Args:
+        experiment: whose configuration it is.
+        checked: vLLM's answer, which is not `ok`.
+        version: vLLM's.
+        flags: of the configuration, `serve` included.
+        over: the section of the file that the configuration lays over `serve`.
+    """
+    e, flag = experiment, checked.flag
+    said = (checked.error or "").rstrip(".")
+    if checked.stage == "endpoint":
+        place = e.place("workload", "endpoint")
+        return f"{place}: {e.workload.endpoint}: {said}. Write `auto`, or give `serve` a `chat_template`"
+    section = "serve" if flag in e.serve and flag not in getattr(e, over) else over
+    given = flags.get(flag or "")
+    value = f" {json.dumps(given)}:" if given is not None else ""
+    what = "the baseline" if over == "baseline" else "it"
+    place = e.place(section, *([flag] if flag and flag in flags else []))
+    return f"{place}:{value} vLLM {version} refuses {what}: {said}. Give a value that it takes"
 
 
 class Validator:

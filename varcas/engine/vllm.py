@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import http.client
 import json
 import re
@@ -9,6 +10,7 @@ import secrets
 import shlex
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -62,7 +64,9 @@ def server_env(extra: Mapping[str, str], python: str | None = None) -> dict[str,
     own = environment_for(python or sys.executable)
     inherited = {name: value for name, value in own.items() if name not in NOT_INHERITED}
     fixed = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "VLLM_LOGGING_LEVEL": "INFO"}
-    env = {**inherited, **fixed, "NO_COLOR": "1", **extra}
+    # Each server has a TMPDIR of its own, for its sockets; PyTorch's default cache lies in it and must outlive it.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"}
+    env = {**cache, **inherited, **fixed, "NO_COLOR": "1", **extra}
     return {name: value for name, value in env.items() if name not in REMOVED}
 
 
@@ -162,7 +166,7 @@ class VllmServer:
         before = hardware.memory_used_bytes(watched)
         whole_env = server_env(env or {}, facts.python) | {"VLLM_API_KEY": api_key}
         try:
-            child = Child.start(command, env=whole_env, log=log)
+            child = Child.start(command, env=whole_env, log=log, scratch=True)
         except OSError as error:
             raise TrialError("missing_dependency", f"{shlex.join(command[:3])}: {error.strerror}") from error
         return cls(child, port, api_key, watched, before)
