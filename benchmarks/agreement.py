@@ -16,6 +16,7 @@ import datetime
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,7 @@ def compare(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Compar
 
 def measure(args: argparse.Namespace, work: Path) -> dict[str, list[Run]]:
     """Runs both in turn against one server."""
-    plan = poisson_plan(args.rate, args.seconds, args.tokens)
+    plan = poisson_plan(args.rate, args.seconds, args.tokens, args.words)
     cores = sorted(os.sched_getaffinity(0))
     if not args.share_cores:
         os.sched_setaffinity(0, cores[:-1] or cores)  # the server's, which inherits them
@@ -192,11 +193,13 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=4.0)
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--words", type=int, default=100, help="of each prompt")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "models" / "tiny-llama")
     parser.add_argument("--share-cores", action="store_true", help="client and server on all cores")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     args.seconds = args.seconds or (10.0 if args.quick else 25.0)
     args.repeats = args.repeats or (2 if args.quick else 5)
     with tempfile.TemporaryDirectory(prefix="bench-agree-") as work:

@@ -437,6 +437,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Prints the tables; 1 when varcas misses a bound."""
     args = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing is left behind
     work = Path(tempfile.mkdtemp(prefix="bench-load-")) if args.keep is None else args.keep
     try:
         bench = Bench(args, work)

@@ -20,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 MODEL = "truth"
 TOKENS = 64
 SEED = 5
+WORDS = ("please", "answer", "these", "words", "at", "some", "length")
 ID_PREFIX = "chatcmpl-"
 EPOCH_S = 1e9
 """Any moment of CLOCK_REALTIME is beyond this."""
@@ -50,7 +51,7 @@ class Plan:
     output_tokens: int
 
 
-def poisson_plan(rate_rps: float, duration_s: float, num_tokens: int = TOKENS) -> Plan:
+def poisson_plan(rate_rps: float, duration_s: float, num_tokens: int = TOKENS, num_words: int = 8) -> Plan:
     """The very arrivals that `vllm bench serve --seed 5` draws (`get_request` in its `serve.py`).
 
     A Poisson process, scaled so that the last request comes at number / rate; from numpy's global generator, as there.
@@ -59,7 +60,8 @@ def poisson_plan(rate_rps: float, duration_s: float, num_tokens: int = TOKENS) -
     np.random.seed(SEED)
     at_s = np.cumsum([np.random.gamma(shape=1.0, scale=1.0 / rate_rps) for _ in range(num)])
     at_s *= num / rate_rps / at_s[-1]
-    prompts = tuple(f"bench-{index:06d} please answer these words at some length" for index in range(num))
+    words = " ".join(itertools.islice(itertools.cycle(WORDS), num_words))
+    prompts = tuple(f"bench-{index:06d} {words}" for index in range(num))
     return Plan(rate_rps, tuple(round(float(one), 6) for one in at_s), prompts, num_tokens)
 
 
