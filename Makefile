@@ -29,7 +29,8 @@ quickstart: $(VENV)/.ready models/tiny-llama/config.json ## real vLLM on this CP
 	$(BIN)/varcas sweep experiments/quickstart.yaml
 
 test: $(VENV)/.ready ## everything, with real vLLM, Ray and Locust inside
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q tests/e2e
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/e2e
 
 check: $(VENV)/.ready ## format, lint, types, layers, generated docs
 	$(BIN)/ruff format --check .

@@ -17,6 +17,8 @@ SERVER = "--itl-ms 2 --ttft-ms 5 --grandchild"
 STUBBORN = f"{SERVER} --ignore-sigterm"
 LONG = {"profile": "chat-short", "rate_rps": 5, "duration_s": 60, "warmup_s": 0.2, "max_drain_s": 5}
 
+SHORT = {"profile": "chat-short", "rate_rps": 40, "duration_s": 1, "warmup_s": 0.2, "max_drain_s": 2}
+
 
 def listening(port: int) -> bool:
     with socket.socket() as probe:
@@ -106,7 +108,7 @@ def test_asked_to_stop(start: Callable[..., tuple[Run, set[str], int]], number: 
 def test_a_normal_end_leaves_nothing(tmp_path: Path, model_dir: Path) -> None:
     before = shared_memory()
     space = {"max_num_seqs": {"choices": [1, 2]}}
-    run = varcas("sweep", write_experiment(tmp_path, model_dir, SERVER, space=space), "--json")
+    run = varcas("sweep", write_experiment(tmp_path, model_dir, SERVER, space=space, workload=SHORT), "--json")
     code, out, err = run.finish(120)
     assert code == 0, err
     assert '"verdict"' in out

@@ -15,8 +15,9 @@ from varcas.records import TrialRow
 from varcas.results import Results
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(290)]
-WORKLOAD = {"profile": "chat-short", "rate_rps": 20, "duration_s": 0.5, "warmup_s": 0, "max_drain_s": 0.2}
-KILLS = 6
+WORKLOAD = {"profile": "chat-short", "rate_rps": 40, "duration_s": 1, "warmup_s": 0, "max_drain_s": 2}
+QUICK = "--itl-ms 0.2 --ttft-ms 2"
+KILLS = 5
 
 
 def rows(results: Path) -> list[TrialRow]:
@@ -27,9 +28,9 @@ def rows(results: Path) -> list[TrialRow]:
 
 def test_killed_at_many_instants(tmp_path: Path, model_dir: Path) -> None:
     before, rng = shared_memory(), random.Random(int(time.time()))
-    space = {"max_num_seqs": {"choices": [1, 2, 4, 8, 16, 32, 64, 128]}}
-    study = {"trials": 8, "sampler": "random", "repeats": 3}
-    path = write_experiment(tmp_path, model_dir, space=space, workload=WORKLOAD, study=study)
+    space = {"max_num_seqs": {"choices": [1, 2, 4, 8, 16, 32]}}
+    study = {"trials": 6, "sampler": "random", "repeats": 3}
+    path = write_experiment(tmp_path, model_dir, QUICK, space=space, workload=WORKLOAD, study=study)
     results, kept = tmp_path / "results", dict[str, TrialRow]()
     for _ in range(KILLS):
         run = varcas("sweep", path)
@@ -47,7 +48,7 @@ def test_killed_at_many_instants(tmp_path: Path, model_dir: Path) -> None:
     final = rows(results)
     assert kept.items() <= {row.trial_id: row for row in final}.items()
     searched = [row.config_hash for row in final if row.purpose != "confirm" and row.state == "complete" and row.valid]
-    assert len(searched) == len(set(searched)) == 8, "each configuration was measured once"
+    assert len(searched) == len(set(searched)) == 6, "each configuration was measured once"
     good = [row for row in final if row.purpose == "confirm" and row.valid]
     assert len({row.trial_id for row in final}) == len(final)
     assert len(good) in (0, 6), "confirmation was resumed, not begun anew"
