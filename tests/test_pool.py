@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import pool_work
+from varcas import guardian
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Hardware
 from varcas.pool import Finished, Pool
@@ -53,8 +55,8 @@ def test_every_start_has_a_fresh_process(pool: Pool) -> None:
 
 def test_a_prepared_worker_is_the_one_that_is_used(pool: Pool) -> None:
     def standing_by() -> set[int]:
-        lines = (p for p in Path("/proc").iterdir() if p.name.isdigit())
-        return {int(p.name) for p in lines if b"ray::IDLE" in _command(p)}
+        ours = guardian.descendants([os.getpid()])  # other tests' Rays have idle workers as well
+        return {pid for pid in ours if b"ray::IDLE" in _command(Path(f"/proc/{pid}"))}
 
     while pool.prepare() or not (ready := standing_by()):
         time.sleep(0.5)
