@@ -292,12 +292,13 @@ def recommend(study: StudyArg = None, results: ResultsOpt = None, as_json: Json 
 
     Example: `varcas recommend --json`
     """
+    from varcas.metrics import MIN_STARTS
     from varcas.report import as_text
     from varcas.results import Results
 
     answer = Results(_results_path(study, results)).recommend(_study_name(study))
     file = study if study and _is_file(study) else "EXPERIMENT"
-    again = _command("sweep", file, *(["--results", str(results)] if results else []), "--repeats", "3")
+    again = _command("sweep", file, *(["--results", str(results)] if results else []), "--repeats", str(MIN_STARTS))
     _print(answer, as_json, as_text(answer, again))
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)

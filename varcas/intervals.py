@@ -103,7 +103,7 @@ def quantile_interval(values: Floats, ordered: Floats, permille: int, sizes: Int
     n, p = len(ordered), permille / 1000
     if (len(values) if sizes is None else int(np.count_nonzero(sizes))) < 2 * MIN_BATCHES:
         return None
-    found = float(ordered[max(1, -(-n * permille // 1000)) - 1])
+    found = float(ordered[nearest_rank(n, permille) - 1])
     series = _of_requests((values <= found).astype(np.float64), sizes, None)
     error, time = standard_error(series)
     seen = len(series) / time * min(p, 1 - p)
@@ -112,6 +112,11 @@ def quantile_interval(values: Floats, ordered: Floats, permille: int, sizes: Int
     top = math.ceil(n * high)
     hi = float(ordered[top - 1]) if top <= n and n * (1 - high) >= 1 else math.inf
     return Interval(float(ordered[max(math.ceil(n * low), 1) - 1]), max(hi, found), seen)
+
+
+def nearest_rank(n: int, permille: int) -> int:
+    """From 1: the smallest of `n` ordered observations with at least `permille` / 1000 of all at or below it."""
+    return max(1, -(-n * permille // 1000))
 
 
 def rate_interval(at_s: Floats, weights: Floats, start_s: float, end_s: float) -> tuple[float, Interval]:

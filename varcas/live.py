@@ -163,7 +163,24 @@ def reason(detail: str | None) -> str:
     return sentence if len(sentence) <= LONGEST_REASON else sentence[: LONGEST_REASON - 4] + " ..."
 
 
-class Progress:
+class _Shown:
+    """Runs its live view, on a terminal, for as long as it is entered."""
+
+    _live: Live | None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+
+class Progress(_Shown):
     """Shows a sweep's events; call it with each one."""
 
     def __init__(self) -> None:
@@ -179,17 +196,6 @@ class Progress:
             if self._console.is_terminal
             else None
         )
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
 
     def __call__(self, event: Event) -> None:
         """Takes one event in."""
@@ -242,7 +248,7 @@ class Progress:
         return Group(*note, trials_table(self._rows[-SHOWN_ROWS:]), *lines)
 
 
-class Watch:
+class Watch(_Shown):
     """Shows how far a load is: one line that changes on a terminal, one every few seconds elsewhere."""
 
     def __init__(self, workload: Workload) -> None:
@@ -253,15 +259,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         print(f"loading with {self._workload.described} for {self._workload.duration_s:g} s", file=sys.stderr)
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live:
-            self._live.stop()
+        return super().__enter__()
 
     def __call__(self, progress: LoadProgress) -> None:
         """Takes the latest in."""

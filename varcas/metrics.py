@@ -16,7 +16,7 @@ import numpy as np
 
 from varcas.columns import Bools, Floats, Ints, Measured, Requests, token_events
 from varcas.experiment import ArrivalKind
-from varcas.intervals import Interval, mean_interval, quantile_interval, rate_interval, t_quantile
+from varcas.intervals import Interval, mean_interval, nearest_rank, quantile_interval, rate_interval, t_quantile
 from varcas.records import LATENCIES, SENT_STATISTICS, STATISTICS, LoadResult, Sample
 from varcas.saturation import Filling, filling
 from varcas.validity import growth, invalid_reasons, server_columns, still_warming, warnings_of
@@ -110,12 +110,8 @@ def gaps_ms(requests: Requests) -> Series:
 
 def percentile(values: Floats, permille: int) -> float:
     """Nearest rank: the smallest observation with at least `permille` / 1000 of all at or below it. May be infinite."""
-    rank = _rank(len(values), permille)
+    rank = nearest_rank(len(values), permille)
     return float(np.partition(values, rank - 1)[rank - 1])
-
-
-def _rank(n: int, permille: int) -> int:
-    return max(1, -(-n * permille // 1000))
 
 
 def statistic(values: Floats, name: str) -> float:
@@ -137,7 +133,7 @@ def reported(series: Series, ordered: Floats, name: str) -> float | None:
     if name == "mean":
         came = ordered[: np.searchsorted(ordered, math.inf)]
         return float(came.mean()) if len(came) else None
-    n, rank = len(ordered), _rank(len(ordered), PERMILLE[name])
+    n, rank = len(ordered), nearest_rank(len(ordered), PERMILLE[name])
     if n - rank < MIN_BEYOND:
         return None
     found = float(ordered[rank - 1])

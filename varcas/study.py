@@ -167,8 +167,12 @@ def _no_experimental_warnings() -> Iterator[None]:
         yield
 
 
-def _sampler(experiment: Experiment, space: Space, num_trials: int) -> BaseSampler:
-    """Seeded anew on each resume: the same seed would propose what it proposed before."""
+def make_sampler(experiment: Experiment, space: Space, num_trials: int = 0) -> BaseSampler:
+    """The experiment's sampler, seeded anew on each resume: the same seed would propose what it proposed before.
+
+    Raises:
+        InputError: there is none of that name, or it needs what is not installed here.
+    """
     name = experiment.study.sampler
     if name not in SAMPLERS:
         raise InputError(f"study.sampler: {name!r} is unknown.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
@@ -682,7 +686,7 @@ def open_study(experiment: Experiment, space: Space, storage_url: str, *, past: 
         InputError: an unknown sampler, or a storage that cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = _sampler(experiment, space, len(past))
+    sampler = make_sampler(experiment, space, len(past))
     with _as_input_error(storage_url), _no_experimental_warnings():
         storage = _storage(storage_url)
         try:

@@ -18,7 +18,7 @@ from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.fetch import check_local_model, is_local, weights_problem
 from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
-from varcas.errors import InputError, VarcasError, nearest
+from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
@@ -26,7 +26,7 @@ from varcas.records import MEASUREMENT_VERSION, LoadResult, Outcome, Purpose, St
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
-from varcas.study import SAMPLERS, Proposal, Study, open_study
+from varcas.study import Proposal, Study, make_sampler, open_study
 from varcas.trial import TrialTask, run_trial
 from varcas.workload.schedule import check_workload, identity
 
@@ -153,7 +153,7 @@ def check(experiment: Experiment) -> Space:
         check_paths(experiment)
         check_local_model(experiment.model)
         check_workload(experiment.workload, experiment.serve)
-        _check_sampler(experiment, space)
+        make_sampler(experiment, space)
     return space
 
 
@@ -164,13 +164,6 @@ def located(experiment: Experiment) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(experiment.located(str(error))) from error
-
-
-def _check_sampler(experiment: Experiment, space: Space) -> None:
-    name = experiment.study.sampler
-    if name not in SAMPLERS:
-        raise InputError(f"study.sampler: {name!r} is unknown.{nearest(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
-    SAMPLERS[name](experiment.study.seed, space)  # refuses what is not installed here
 
 
 def check_paths(experiment: Experiment) -> None:

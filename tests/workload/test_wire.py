@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from varcas.workload.wire import (
     ERROR_KINDS,
     Answer,
+    Asking,
     Response,
     Target,
     asked_options,
@@ -21,7 +22,6 @@ from varcas.workload.wire import (
     completion_body,
     error_kind,
     parse,
-    request_bytes,
     said,
 )
 
@@ -372,7 +372,7 @@ def test_a_request_says_everything_explicitly_and_hides_its_key_from_repr() -> N
     assert body["messages"] == [{"role": "user", "content": "hi"}]
     assert (body["max_tokens"], body["ignore_eos"], body["cache_salt"], body["top_p"]) == (7, True, "s", 0.5)
     assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} < set(body)
-    head, _, data = request_bytes(target, "/v1/chat/completions", body).partition(b"\r\n\r\n")
+    head, _, data = Asking(target, "/v1/chat/completions").whole(json.dumps(body).encode()).partition(b"\r\n\r\n")
     assert json.loads(data) == body
     assert head.startswith(b"POST /v1/chat/completions HTTP/1.1\r\n")
     assert b"Authorization: Bearer sk-secret" in head
@@ -393,7 +393,7 @@ def test_a_request_says_everything_explicitly_and_hides_its_key_from_repr() -> N
     ],
 )
 def test_a_request_names_its_host_and_its_path_under_the_base(target: Target, path: str, host: str) -> None:
-    lines = request_bytes(target, "/v1/completions", {}).decode().split("\r\n")
+    lines = Asking(target, "/v1/completions").whole(b"{}").decode().split("\r\n")
     assert lines[0] == f"POST {path} HTTP/1.1"
     assert f"Host: {host}" in lines
 

@@ -105,13 +105,8 @@ def error_kind(error: str) -> str:
     return next(kind for kind in ERROR_KINDS if error.startswith(kind))
 
 
-def request_bytes(target: Target, path: str, body: Mapping[str, Any]) -> bytes:
-    """A whole POST request; `path` is what comes after the target's base."""
-    return Asking(target, path).whole(json.dumps(body).encode())
-
-
 class Asking:
-    """Makes POST requests that share their head."""
+    """Makes POST requests that share their head; `path` is what comes after the target's base."""
 
     def __init__(self, target: Target, path: str) -> None:
         lines = [f"{name}: {value}" for name, value in target.headers.items()]
