@@ -82,6 +82,7 @@ def test_ctrl_c_keeps_what_was_measured(server: Server, tmp_path: Path) -> None:
         (["http://127.0.0.1:1"], "--rate: missing"),
         (["http://127.0.0.1:1", "--rate", "1", "--profile", "chat-medum"], "Did you mean chat-medium"),
         (["http://127.0.0.1:1", "--rate", "1", "--duration", "soon"], "--duration: 'soon'"),
+        (["http://127.0.0.1:1", "--rate", "1", "--warmup", "5"], "--warmup: '5': has no unit"),
         (["http://127.0.0.1:1", "--rate", "1", "--arrival", "poison"], "workload.arrival"),
     ],
 )

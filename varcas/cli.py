@@ -357,7 +357,7 @@ def parse_duration(text: str, option: str = "--budget") -> float:
     """
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
     if text.strip().isdigit():
-        raise InputError(f"--budget: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
+        raise InputError(f"{option}: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
     if not text.strip() or match is None:
         raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
