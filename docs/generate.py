@@ -28,13 +28,21 @@ def cli_page() -> Iterator[str]:
     yield "Exit codes: 0 done; 1 the work failed; 2 bad input; 3 done, but no configuration meets the SLO or runs;"
     yield "130 interrupted, everything measured is kept.\n"
     root: Any = typer.main.get_command(app)
-    for name, command in root.commands.items():
+    for name, command in _commands(root):
         yield f"## varcas {name}\n"
         yield (command.help or "").replace("\b", "").strip() + "\n"
         yield "| argument or option | what it is |\n|---|---|"
         for parameter in command.params:
             yield f"| `{_usage(parameter)}` | {_help(parameter)} |"
         yield ""
+
+
+def _commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def _usage(parameter: Any) -> str:

@@ -38,6 +38,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+models_app = typer.Typer(help="What is known of a model from its files.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
 ExperimentArg = Annotated[Path, typer.Argument(metavar="EXPERIMENT", help="experiment file (YAML)")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON document on stdout; words and errors on stderr")]
 ResultsOpt = Annotated[
@@ -338,6 +341,38 @@ def doctor(
     _print(report, as_json, report_text(report))
     if not report.ok:
         raise typer.Exit(VarcasError.exit_code)
+
+
+@app.command()
+def gpus(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[GPU]...", help="keys, Ray's or NVML's names")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="measure this host's CPU too, for 2 s")] = False,
+    as_json: Json = False,
+) -> None:
+    """Shows the GPU catalogue: peaks, memory, bandwidth, power, price, each with its source.
+
+    Example: `varcas gpus T4 L4 --json`
+    """
+    from varcas.described import described_gpus, gpus_text
+
+    answer = described_gpus(names or [], probe)
+    _print(answer, as_json, gpus_text(answer))
+
+
+@models_app.command("show")
+def models_show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="with config.json; weights are not needed")],
+    dtype: Annotated[str | None, typer.Option(help="vLLM computes in [default: the checkpoint's]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows a model's parameters, attention, bytes of weights as vLLM loads them, and bytes of KV cache a token.
+
+    Example: `varcas models show models/llama-2-7b-awq --json`
+    """
+    from varcas.described import described_model, model_text
+
+    answer = described_model(directory, dtype)
+    _print(answer, as_json, model_text(answer))
 
 
 def _require_free(port: int) -> None:
