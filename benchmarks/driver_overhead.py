@@ -34,7 +34,7 @@ hardware: {{gpu: cpu, count: 1}}
 space:
   max_num_seqs: {{low: 1, high: 1000000}}
   max_num_batched_tokens: {{choices: [512, 1024, 2048, 4096, 8192]}}
-workload: {{profile: chat-short, rate_rps: 1, duration_s: 10}}
+workload: {{profile: chat-short, rate_rps: 4, duration_s: 10}}
 study: {{trials: {trials}, repeats: 0}}
 results: {results}
 """
@@ -62,12 +62,12 @@ class TrivialNode:
 
 
 def trivial_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
-    """A measurement of ten requests that takes no time."""
+    """A measurement of forty requests that takes no time."""
     rate = float(str(task.config.flags.get("max_num_seqs") or 1)) % 97
     offsets = (0.1, 0.2, 0.3, 0.4, 0.5 + rate / 1e4)
     records = tuple(
-        RequestRecord(i, i, i, i + 0.1, i + 0.5, i + 0.5, 10, 5, 10, 5, offsets, (1,) * 5, "length", None, 200, i, 0)
-        for i in range(10)
+        RequestRecord(i, t, t, t + 0.1, t + 0.5, t + 0.5, 10, 5, 10, 5, offsets, (1,) * 5, "length", None, 200, i, 0)
+        for i, t in enumerate(np.arange(40) / 4.0)
     )
     load = LoadResult(records, t0_monotonic_s=0.0, duration_s=10.0, drain_s=0.0, client_cpu_frac=0.1)
     return Outcome(

@@ -34,6 +34,10 @@ MAX_BINS = 2048
 
 MIN_STRETCHES = 10.0
 """Independent stretches needed on the rarer side of a figure; fewer, and its interval is unreliable."""
+MIN_ALIKE = 400
+"""Requests needed to know an autocorrelation time above `ALIKE`: of fewer, those seem independent whose queue is yet to
+come (M/M/1 at 90 % load, 200 requests: 84 % of the intervals with enough stretches held the truth)."""
+ALIKE = 2.0
 
 UNSEEN = 60.0
 """The upper half of a latency's interval is wider by `UNSEEN` / stretches: few seldom hold the worst queue.
@@ -53,16 +57,18 @@ class Interval:
         lo: lower end.
         hi: upper end; infinite where the observations do not bound it.
         stretches: independent stretches that the window holds, on the rarer side of the figure.
+        known: there are requests enough to know how alike they are.
     """
 
     lo: float
     hi: float
     stretches: float
+    known: bool = True
 
     @property
     def reliable(self) -> bool:
         """Enough of them to know how far it may be off."""
-        return self.stretches >= MIN_STRETCHES
+        return self.known and self.stretches >= MIN_STRETCHES
 
 
 def mean_interval(values: Floats, sizes: Ints | None = None) -> Interval | None:
@@ -85,7 +91,7 @@ def mean_interval(values: Floats, sizes: Ints | None = None) -> Interval | None:
     if mean <= 0:
         return Interval(mean, mean, seen)
     half = error * len(series) / len(values) / mean
-    return Interval(mean * math.exp(-half), mean * _exp(_unseen(half, seen, time)), seen)
+    return Interval(mean * math.exp(-half), mean * _exp(_unseen(half, seen, time)), seen, _is_known(series, time))
 
 
 def quantile_interval(values: Floats, ordered: Floats, permille: int, sizes: Ints | None = None) -> Interval | None:
@@ -111,7 +117,7 @@ def quantile_interval(values: Floats, ordered: Floats, permille: int, sizes: Int
     low, high = _shifted(p, -half), _shifted(p, _unseen(half, seen, time))
     top = math.ceil(n * high)
     hi = float(ordered[top - 1]) if top <= n and n * (1 - high) >= 1 else math.inf
-    return Interval(float(ordered[max(math.ceil(n * low), 1) - 1]), max(hi, found), seen)
+    return Interval(float(ordered[max(math.ceil(n * low), 1) - 1]), max(hi, found), seen, _is_known(series, time))
 
 
 def nearest_rank(n: int, permille: int) -> int:
@@ -180,6 +186,10 @@ def _of_requests(values: Floats, sizes: Ints | None, mean: float | None) -> Floa
     some = sizes[sizes > 0]
     starts = np.cumsum(some) - some
     return np.asarray(np.add.reduceat(values, starts) - centre * some, dtype=np.float64)
+
+
+def _is_known(series: Floats, time: float) -> bool:
+    return time <= ALIKE or len(series) >= MIN_ALIKE
 
 
 def _unseen(half: float, stretches: float, time: float) -> float:

@@ -23,6 +23,7 @@ monkey.patch_all()
 
 import contextlib  # noqa: E402
 import errno  # noqa: E402
+import fcntl  # noqa: E402
 import gc  # noqa: E402
 import heapq  # noqa: E402
 import itertools  # noqa: E402
@@ -78,6 +79,7 @@ SPAWNED_TOGETHER = 8
 LATE_S = 1.0  # a request that is this late at the window's end is not sent any more
 PROGRESS_EVERY_S = 0.2
 KILL_TIMEOUT_S = 5.0
+MAX_ROOM = 65536  # files
 FIRST = -20  # highest niceness
 WRITABLE = "writable"
 PlainSocket: Any = monkey.get_original("socket", "socket")
@@ -519,16 +521,19 @@ class Run:
             self.over.set()
 
     def parse_ended(self) -> NoReturn:
-        """Parses ended responses a little at a time, so that no send waits for it."""
+        """Parses ended responses a little at a time, when nothing else is to be done, so that no send waits for it.
+
+        `gevent.sleep(0)` would not do: gevent runs 1,000 such callbacks before it looks at sockets and alarms again.
+        """
         while True:
             self._has_ended.wait()
             while self._awaited or self._ended:
                 exchange = self._awaited[0] if self._awaited else self._ended.popleft()
-                answer = exchange.read(self.offset, pause=lambda: gevent.sleep(0))
+                answer = exchange.read(self.offset, pause=gevent.idle)
                 if exchange.is_followed:
                     self._awaited.popleft()
                     self._follow(exchange, answer)
-                gevent.sleep(0)
+                gevent.idle()
             self._has_ended.clear()
 
     def _follow(self, exchange: Exchange, answer: Answer) -> None:
@@ -699,7 +704,7 @@ class Process:
             run.users_wanted.wait()
             while len(run.idle_users) < SPARE_USERS:
                 self._runner.spawn_users({"ChatUser": SPAWNED_TOGETHER})
-                gevent.sleep(0)
+                gevent.idle()
             run.users_wanted.clear()
 
     def _follow(self, run: Run, until_s: float, until_over: bool = False) -> None:
@@ -749,10 +754,21 @@ def _come_first() -> None:
         os.setpriority(os.PRIO_PROCESS, 0, FIRST)
 
 
-def main() -> None:
-    """Speaks on the pipe that stdout was; whatever else prints goes to the log."""
+def _make_room_for_files() -> None:
+    """Lets as many files be open as may be, and has the kernel make the table for them now.
+
+    It doubles the table as files are opened, and waits 5-20 ms each time while other threads share it
+    (`expand_fdtable` in Linux's fs/file.c): sends were that late while the number of connections grew.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError):
+        os.close(fcntl.fcntl(sys.stdin.fileno(), fcntl.F_DUPFD_CLOEXEC, min(most, MAX_ROOM) - 1))
+
+
+def main() -> None:
+    """Speaks on the pipe that stdout was; whatever else prints goes to the log."""
+    _make_room_for_files()
     _come_first()
     events_fd = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -60,7 +60,7 @@ TEXT_KEYS = ("content", "text", "reasoning_content", "reasoning", "tool_calls", 
 ANSWER_KEYS = ("content", "text")
 """Of `TEXT_KEYS`, what a conversation's next turn repeats."""
 MAX_HEAD_BYTES = 65536
-PAUSE_EVERY = 32
+PAUSE_EVERY = 16
 MAX_ERROR_CHARS = 300
 SCAN: Callable[[str, int], tuple[Any, int]] = vars(JSONDecoder())["scan_once"]
 """`json.loads` without looking for the encoding and the ends, which is half of its time for an event."""
