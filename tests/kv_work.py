@@ -1,4 +1,4 @@
-"""Runs in a process of its own: KV cache blocks and tokens of models in tests/configs, by vLLM's own functions.
+"""Runs in a process of its own: KV cache blocks and tokens of models in varcas/configs, by vLLM's own functions.
 
 Reads `[[directory, max_model_len, bytes], ...]` from its argument, prints `[[blocks, tokens], ...]`.
 """

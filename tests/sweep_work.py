@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import threading
 import time
+from pathlib import Path
 
 from varcas.engine.node import Checked, NodeFacts
 from varcas.errors import TrialError, VarcasError
@@ -36,6 +37,22 @@ class EasyNode:
         pass
 
 
+CONFIG = Path(__file__).parents[1] / "varcas" / "configs" / "llama-2-7b-awq" / "config.json"
+T4_FACTS = NodeFacts(
+    "0.32.0", "", "r", "Tesla T4", "550.54", gpu_memory_bytes=15 * 2**30, model_config=CONFIG.read_text()
+)
+
+
+class T4Node(EasyNode):
+    """The same on a T4 with Llama-2-7B-AWQ, as far as the rules can know."""
+
+    def facts(self) -> NodeFacts:
+        return T4_FACTS
+
+    def flag_names(self) -> list[str]:
+        return ["max_num_seqs", "kv_cache_dtype"]
+
+
 def outcome(tokens_per_s: int, **columns: object) -> Outcome:
     count, num = max(tokens_per_s // 10, 1), 20
     offsets = tuple(0.001 + 1.8 * i / count for i in range(count))
@@ -58,6 +75,14 @@ def by_seqs(task: TrialTask, cancelled: threading.Event) -> Outcome:
     if seqs == 16:
         return outcome(1, state="failed", load=None, failure_kind="out_of_memory", failure_detail="CUDA out of memory")
     return outcome(100 + 10 * seqs)
+
+
+def no_fp8(task: TrialTask, cancelled: threading.Event) -> Outcome:
+    """As a T4 really does: an fp8 KV cache is refused at the start."""
+    if task.config.flags.get("kv_cache_dtype") == "fp8":
+        words = "FP8 KV cache is not supported on Tesla T4"
+        return outcome(1, state="failed", load=None, failure_kind="unsupported_by_gpu", failure_detail=words)
+    return by_seqs(task, cancelled)
 
 
 def lacks_files(task: TrialTask, cancelled: threading.Event) -> Outcome:

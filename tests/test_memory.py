@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import varcas
 from varcas import gpus
 from varcas.errors import InputError
 from varcas.memory import (
@@ -36,7 +37,7 @@ from varcas.memory import (
 from varcas.model import ModelSpec, describe, from_config
 
 ROOT = Path(__file__).parents[1]
-MODELS = Path(__file__).parent / "configs"
+MODELS = Path(varcas.__file__).parent / "configs"
 LAW = hypothesis_settings(deadline=None, max_examples=50)
 GIB = 2**30
 T4, H100 = gpus.gpu("T4"), gpus.gpu("H100-SXM")

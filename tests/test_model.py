@@ -14,15 +14,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import varcas
 from varcas.described import described_model, model_text
 from varcas.errors import InputError
 from varcas.model import FAMILIES, ModelSpec, describe, dtype_name, from_config
 from varcas.quantisation import Quantisation, parse
 
-MODELS = Path(__file__).parent / "configs"
+MODELS = Path(varcas.__file__).parent / "configs"
 LAW = settings(deadline=None, max_examples=50)
 
-# directory in tests/configs: (published parameters, where they are published)
+# directory in varcas/configs: (published parameters, where they are published)
 GOLDEN = {
     "llama-2-7b": (6738415616, "Hugging Face API, safetensors.total 6738417664 less 32x64 stored inv_freq"),
     "llama-2-13b": (13015864320, "Hugging Face API, safetensors.total 13015866880 less 40x64 stored inv_freq"),

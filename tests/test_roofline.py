@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import varcas
 from varcas import gpus
 from varcas.memory import Serve, kv_bytes_per_token
 from varcas.model import ModelSpec, describe, from_config
@@ -26,7 +27,7 @@ from varcas.roofline import (
     tokens_per_step,
 )
 
-MODELS = Path(__file__).parent / "configs"
+MODELS = Path(varcas.__file__).parent / "configs"
 LAW = settings(deadline=None, max_examples=50)
 T4, H100 = gpus.gpu("T4"), gpus.gpu("H100-SXM")
 HALF = Serve(dtype="half")

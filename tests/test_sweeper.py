@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from tests.sweep_work import outcome
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
-from varcas.results import Results
+from varcas.results import Results, trial_text
 from varcas.sweeper import Event, outcome_columns, sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
@@ -73,7 +74,7 @@ def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tm
     answer = run(experiment(tmp_path, space + TWO_GPUS, "{trials: 9, repeats: 0}"))
     rows = {row.params_json: row for row in Results(tmp_path / "results").trials() if row.purpose == "search"}
     assert rows['{"tensor_parallel_size": 2}'].gpu_count == 2
-    assert rows['{"tensor_parallel_size": 4}'].reason_rule == "needs_more_gpus"
+    assert rows['{"tensor_parallel_size": 4}'].reason_rule == "too_few_gpus"
     assert answer.counts["infeasible"] == 1
 
 
@@ -169,3 +170,101 @@ def test_a_name_conflict_says_only_what_differs(tmp_path: Path) -> None:
     other = of.model_copy(update={"workload": of.workload.model_copy(update={"rate_rps": 5.0})})
     with pytest.raises(InputError, match=r"another workload \(rate_rps 1.0 -> 5.0\): their rows"):
         run(other)
+
+
+FP8 = "space: {max_num_seqs: {choices: [2, 4]}, kv_cache_dtype: {choices: [auto, fp8]}}\n"
+RULE = "cache_type_without_units"
+
+
+def on_t4(of: Experiment, **options: Any) -> tuple[Any, list[Event]]:
+    """A sweep on what the rules take for a T4, and what it said on the way."""
+    events: list[Event] = []
+    answer = run(of, node=sweep_work.T4Node, on_event=events.append, **options)
+    return answer, events
+
+
+def said(events: list[Event]) -> str:
+    return "\n".join(event.text for event in events if event.kind == "note")
+
+
+def plan_of(events: list[Event]) -> Any:
+    return next(event.plan for event in events if event.plan)
+
+
+def test_what_the_rules_rule_out_is_a_row_and_never_started(tmp_path: Path) -> None:
+    asked = "{trials: 9, repeats: 0, audit_frac: 0, enqueue: [{max_num_seqs: 2, kv_cache_dtype: fp8}]}"
+    answer, events = on_t4(experiment(tmp_path, FP8, asked))
+    assert (plan_of(events).ruled_out, plan_of(events).search_left, plan_of(events).audit_starts) == ({RULE: 2}, 3, 0)
+    assert (answer.ended, answer.deploy) == ("space exhausted", {"kv_cache_dtype": "auto", "max_num_seqs": 4})
+    rows = Results(tmp_path / "results").trials()
+    pruned = [row for row in rows if row.state == "infeasible"]
+    assert {row.reason_rule for row in pruned} == {RULE}
+    assert {row.failure_kind for row in pruned} == {"unsupported_by_gpu"}
+    assert all("7.5" in str(row.failure_detail) and row.resolved_json is None for row in pruned)
+    started = [row for row in rows if row.state == "complete"]
+    assert len(started) == 1 + 2
+    assert not any(row.flags.get("kv_cache_dtype") == '"fp8"' for row in started)
+    assert "study: {prune: false}" in trial_text(pruned[0])
+
+
+def test_an_audit_that_fails_as_foretold_leaves_the_rule_alone(tmp_path: Path) -> None:
+    of = experiment(tmp_path, FP8, "{trials: 9, repeats: 0, audit_frac: 1}")
+    answer, events = on_t4(of, run=sweep_work.no_fp8)
+    assert plan_of(events).audit_starts == 2
+    rows = Results(tmp_path / "results").trials()
+    audits = [row for row in rows if row.purpose == "audit"]
+    assert [(row.state, row.audited_rule) for row in audits] == [("failed", RULE)] * 2
+    assert min(row.number for row in audits) > max(row.number for row in rows if row.state == "complete")
+    assert answer.ended == "space exhausted"
+    assert not any(RULE in warning for warning in answer.warnings)
+    _, events = on_t4(of, run=sweep_work.no_fp8)
+    assert (plan_of(events).search_left, plan_of(events).audit_starts) == (0, 0)
+    assert len(Results(tmp_path / "results").trials()) == len(rows)
+
+
+def test_an_audit_that_works_switches_its_rule_off_for_good(tmp_path: Path) -> None:
+    of = experiment(tmp_path, FP8, "{trials: 4, repeats: 0, audit_frac: 0.25}")
+    answer, events = on_t4(of)
+    assert (plan_of(events).search_left, plan_of(events).audit_starts) == (3, 1)
+    assert f"rule {RULE} is wrong, and off for this study" in said(events)
+    assert any(RULE in warning for warning in answer.warnings)
+    rows = Results(tmp_path / "results").trials()
+    (audit,) = [row for row in rows if row.purpose == "audit"]
+    assert (audit.state, audit.audited_rule) == ("complete", RULE)
+    assert f"warning: rule {RULE} is wrong" in trial_text(audit)
+    searched = [row.flags for row in rows if row.purpose == "search" and row.state == "complete"]
+    assert sum(flags["kv_cache_dtype"] == '"fp8"' for flags in searched) == 1  # what it ruled out is open again
+    assert answer.counts["complete"] == 5
+    _, events = on_t4(of)
+    assert f"rule {RULE} is wrong" in said(events)
+    assert (plan_of(events).ruled_out, plan_of(events).search_left, plan_of(events).audit_starts) == ({}, 0, 0)
+    assert any(RULE in warning for warning in Results(tmp_path / "results").recommend().warnings)
+
+
+def test_a_space_ruled_out_whole_starts_nothing_and_names_what_is_near(tmp_path: Path) -> None:
+    space = SPACE.replace("3, 4", "4") + "serve: {kv_cache_dtype: auto}\n"
+    of = experiment(tmp_path, space + "slo: {tpot_p50_ms: 2}\n")
+    answer, events = on_t4(of)
+    assert (answer.has_answer, answer.verdict, answer.counts) == (False, "no_answer", {})
+    assert not [event for event in events if event.kind in ("plan", "start", "row")]
+    assert "rule out all 3 configurations of the space: 3 by slo_tpot" in answer.headline
+    limit = float(re.search(r"tpot_p50_ms of ([\d.]+) \(now 2\)", answer.headline)[1])  # type: ignore[index]
+    assert Results(tmp_path / "results").recommend().headline == answer.headline
+    looser, _ = on_t4(of.model_copy(update={"slo": {"tpot_p50_ms": limit}}))
+    assert looser.counts["complete"] > 0
+
+
+def test_the_baseline_is_started_whatever_the_rules_say(tmp_path: Path) -> None:
+    text = "space: {max_num_seqs: {choices: [2, 4]}}\nbaseline: {kv_cache_dtype: fp8}\n"
+    study = "{trials: 9, repeats: 0, audit_frac: 0}"
+    answer, events = on_t4(experiment(tmp_path, text, study), run=sweep_work.no_fp8)
+    assert f"rule {RULE} says that the baseline cannot work" in said(events)
+    assert f"rule {RULE} is wrong" not in said(events)
+    baseline = Results(tmp_path / "results").trial(0)
+    assert (baseline.purpose, baseline.state, baseline.audited_rule) == ("baseline", "failed", RULE)
+    assert answer.verdict == "no_baseline"
+    other = tmp_path / "other"
+    other.mkdir()
+    answer, events = on_t4(experiment(other, text, study))
+    assert f"rule {RULE} is wrong" in said(events)
+    assert any(RULE in warning for warning in answer.warnings)

@@ -224,6 +224,8 @@ def validate(experiment: ExperimentArg, as_json: Json = False) -> None:
     _print(answer, as_json, validated_text(answer))
     if not answer.baseline_ok:
         raise typer.Exit(InputError.exit_code)
+    if answer.nothing_left is not None:
+        raise typer.Exit(EXIT_NO_ANSWER)
 
 
 @app.command()
@@ -373,6 +375,67 @@ def models_show(
 
     answer = described_model(directory, dtype)
     _print(answer, as_json, model_text(answer))
+
+
+@app.command()
+def roofline(
+    experiment: ExperimentArg,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(help="of the catalogue (`varcas gpus`), or `cpu`; may be repeated [default: the experiment's]"),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="draw roofline, memory and feasible region: SVG, PNG, HTML")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(metavar="N,N,...", help="sequences in a decode step to show")] = None,
+    contexts: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="cached tokens to show [default: the workload's, the longest]")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="prompt lengths to show [default: the workload's, the longest]"),
+    ] = None,
+    vllm: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="whose rules to ask [default: of the vLLM installed here]")
+    ] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Says what fits, what cannot run and why, and what no server could beat, on each GPU. Starts nothing.
+
+    Example: `varcas roofline experiments/llama2_7b_awq_t4.yaml --gpu T4 --gpu L4 --gpu A10G`
+    """
+    from varcas.limits import roofline_report
+    from varcas.limits_text import roofline_text
+
+    answer = roofline_report(
+        load_experiment(experiment),
+        gpu or (),
+        results=results,
+        engine_version=vllm,
+        batches=_numbers("--batches", batches),
+        contexts=_numbers("--contexts", contexts),
+        prompts=_numbers("--prompts", prompts),
+    )
+    if plots is not None:
+        from varcas.pictures import draw
+
+        for path in draw(answer, plots):
+            print(path, file=sys.stderr)
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        _rich(roofline_text(answer))
+    if not answer.has_answer:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """`1,8,40`. Raises InputError for anything but positive integers with commas between."""
+    words = text.split(",") if text is not None else []
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"{option}: {text!r}: write positive integers with commas between, e.g. {option} 1,8,40.")
+    return tuple(sorted({int(word) for word in words}))
 
 
 def _require_free(port: int) -> None:

@@ -291,6 +291,16 @@ class Study(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="of the sampler")
     max_retries: int = Field(default=2, ge=0, description="of what is not the configuration's fault, each")
+    prune: bool = Field(
+        default=True, description="the roofline's rules keep configurations that cannot work from being started"
+    )
+    audit_frac: float = Field(
+        default=0.03,
+        ge=0,
+        le=1,
+        description="share of the configurations ruled out that is started all the same, to test the rules; at most "
+        "this share of `trials`, rounded up, on top of them",
+    )
     enqueue: list[dict[str, JsonValue]] = Field(
         default_factory=list, description="configurations to try first: flags over `serve`"
     )
@@ -559,6 +569,7 @@ WORDS = {
     "literal_error": "must be {expected}",
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
+    "less_than_equal": "must be at most {le:g}",
     "less_than": "must be below {lt}",
 }
 """Pydantic's error types in our words; `_message` adds file, line and value."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -273,7 +275,7 @@ def this_cpu() -> GpuSpec:
         names=(),
         compute_capability=None,
         memory_bytes=total,
-        cuda_bytes=total,
+        cuda_bytes=node_bytes(),
         memory_bytes_per_s=bytes_per_s,
         peaks=MappingProxyType({"fp32": flops}),
         power_w=None,
@@ -284,6 +286,20 @@ def this_cpu() -> GpuSpec:
         source_date=time.strftime("%Y-%m", time.gmtime()),
         measured=True,
     )
+
+
+def node_bytes() -> int:
+    """What vLLM's CPU build calls all memory: of the NUMA node it runs on, at most what the control group may have.
+
+    Source: `get_memory_node_info`, vLLM `utils/cpu_resource_utils.py`. Less than the host's where the node holds less.
+    """
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cpu = min(os.sched_getaffinity(0))
+    nodes = [path.read_text() for path in Path(f"/sys/devices/system/cpu/cpu{cpu}").glob("node*/meminfo")]
+    totals = [int(found[1]) * 2**10 for text in nodes if (found := re.search(r"MemTotal:\s+(\d+) kB", text))]
+    limits = [Path(f"/sys/fs/cgroup/{name}") for name in ("memory.max", "memory/memory.limit_in_bytes")]
+    given = [int(text) for path in limits if path.exists() and (text := path.read_text().strip()).isdecimal()]
+    return min([whole, *totals, *given[:1]])
 
 
 def copy_bytes_per_s(budget_s: float, size_bytes: int = 64 * 2**20) -> float:

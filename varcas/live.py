@@ -39,9 +39,13 @@ def plan_text(plan: Plan) -> str:
     if not plan.search_left and not plan.confirm_starts:
         return f"{plan.study}: nothing left to run; {plan.search_done} search starts are in the store"
     space = "a continuous space" if plan.space_size is None else f"a space of {plan.space_size}"
+    if plan.ruled_out:
+        by_rule = ", ".join(f"{rule} {count}" for rule, count in plan.ruled_out.items())
+        space += f", of which the rules rule out {sum(plan.ruled_out.values())} ({by_rule})"
     parts = [
         f"{plan.study}: up to {plan.search_left} server starts over {space}",
         f"about {plan.start_s:.0f} s to start and {plan.load_s:.0f} s of load each, {plan.width} at a time",
+        *([f"then at most {plan.audit_starts} of what is ruled out, to test the rules"] if plan.audit_starts else []),
         f"then {plan.confirm_starts} fresh starts to confirm" if plan.confirm_starts else "no confirmation starts",
         f"at most {duration(plan.budget_s)}" if plan.budget_s else f"about {duration(plan.total_s)} in all",
     ]

@@ -44,6 +44,8 @@ COLLECTIVES_BYTES = 700 * 2**20
 """Estimate: NCCL and the custom all-reduce's buffers, with more than one GPU."""
 GRAPH_BYTES_A_LAYER = 0.26 * 2**20
 """Estimate: of a captured size, a layer. Logs of vLLM show about 0.55 GiB for 32 layers and 67 sizes."""
+CPU_RUNTIME_BYTES = 900 * 2**20
+"""Estimate: of the CPU build's worker, resident beside weights: Python, torch and vLLM."""
 LOGIT_BYTES = 14
 """Estimate of the sampler's peak a logit: the model's type, an fp32 copy, probabilities, one more copy."""
 
@@ -147,7 +149,7 @@ def memory(model: ModelSpec, gpu: GpuSpec, serve: Serve) -> Memory:
     return _filled(model, serve, budget, weights, peak_forward, peak_logits, graphs, extra, left)
 
 
-def cpu_memory(model: ModelSpec, serve: Serve, total_bytes: int, runtime_bytes: int = 900 * 2**20) -> Memory:
+def cpu_memory(model: ModelSpec, serve: Serve, total_bytes: int, runtime_bytes: int = CPU_RUNTIME_BYTES) -> Memory:
     """The same for vLLM's CPU build: `VLLM_CPU_KVCACHE_SPACE` GiB exactly, else utilisation x memory - what it uses.
 
     Source: `CPUWorker.determine_available_memory`, vLLM `v1/worker/cpu_worker.py`; the environment variable becomes
@@ -156,16 +158,26 @@ def cpu_memory(model: ModelSpec, serve: Serve, total_bytes: int, runtime_bytes: 
     Args:
         model: the model.
         serve: with `kv_cache_memory_bytes` when the space is given.
-        total_bytes: of the NUMA node the worker is bound to.
-        runtime_bytes: resident beside weights once a step has run (estimate).
+        total_bytes: of the NUMA node the worker is bound to: `gpus.node_bytes`.
+        runtime_bytes: resident beside weights (estimate).
     """
     budget = np.ceil(_floats(serve.gpu_memory_utilization) * total_bytes)
-    weights = _floats(model.weight_bytes(serve.dtype, serve.tensor_parallel_size))
-    zero, extra = np.zeros_like(budget), _floats(runtime_bytes)
+    weights = _floats(model.weight_bytes(serve.dtype, serve.tensor_parallel_size) + rotary_bytes(model, serve))
+    zero, extra = np.zeros_like(budget), _floats(runtime_bytes + packed_output_bytes(model, serve))
     left = budget - weights - extra
     if serve.kv_cache_memory_bytes is not None:
         left = np.full_like(left, serve.kv_cache_memory_bytes)
     return _filled(model, serve, budget, weights, zero, zero, zero, extra, left)
+
+
+def packed_output_bytes(model: ModelSpec, serve: Serve) -> int:
+    """The CPU build packs each matrix for its kernels, and keeps the original of the output projection alone.
+
+    Source: `dispatch_cpu_unquantized_gemm(layer, remove_weight=False)`, vLLM `layers/vocab_parallel_embedding.py`.
+    """
+    ends = [weight for weight in model.weights if weight.op in ("embed", "logits")]
+    inputs, outputs = ends[-1].shape_on_rank(serve.tensor_parallel_size)
+    return inputs * outputs * DTYPE_BYTES[dtype_name(serve.dtype)]
 
 
 def floor_bytes(model: ModelSpec, serve: Serve) -> Floats:
@@ -192,9 +204,16 @@ def loaded_bytes(model: ModelSpec, serve: Serve, gpu: GpuSpec | None = None) -> 
     hopper = gpu is not None and gpu.compute_capability == 90
     wide_zeros = hopper and model.quantisation is not None and model.quantisation.bits in (4, 8)
     sizes = model.tensors(serve.dtype, serve.tensor_parallel_size, wide_zeros)
-    width = DTYPE_BYTES[dtype_name(serve.dtype)]
-    tables = model.max_position * model.rotary_dim * width  # `RotaryEmbedding.cos_sin_cache`, shared by all layers
-    return sum(allocated_bytes(size) * count for size, count in sizes.items()) + tables
+    return sum(allocated_bytes(size) * count for size, count in sizes.items()) + rotary_bytes(model, serve)
+
+
+def rotary_bytes(model: ModelSpec, serve: Serve) -> int:
+    """Of `RotaryEmbedding.cos_sin_cache`, which layers share: vLLM `layers/rotary_embedding/base.py`.
+
+    Gemma 3 turns by other angles where a window is: a table for each kind (`models/gemma3.py`: `rope_local_base_freq`).
+    """
+    tables = len(model.attention) if model.family in ("gemma3", "gemma3_text") else 1
+    return tables * model.max_position * model.rotary_dim * DTYPE_BYTES[dtype_name(serve.dtype)]
 
 
 def allocated_bytes(size: int) -> int:

@@ -16,7 +16,7 @@ MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "confirm", "load"]
+Purpose = Literal["baseline", "search", "audit", "confirm", "load"]
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p99_9")
 LATENCY_METRICS = tuple(f"{name}_{statistic}_ms" for name in LATENCIES for statistic in STATISTICS)
@@ -262,7 +262,8 @@ class TrialRow(BaseModel):
     number: int = Field(description="running number within the study, from 0, in the order of proposal")
     server_id: str = Field(description="which server start; the unit of replication")
     purpose: Purpose = Field(
-        description="why it was run: `baseline`, `search`, `confirm`, or `load` of an endpoint that ran already"
+        description="why it was run: `baseline`, `search`, `audit` (the rules rule it out: run to test them), "
+        "`confirm`, or `load` of an endpoint that ran already"
     )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")
@@ -271,6 +272,7 @@ class TrialRow(BaseModel):
     failure_detail: str | None = _doc("the log line that says so, or the reason in words")
     failure_hint: str | None = _doc("what to do about it")
     reason_rule: str | None = _doc("name of the rule that pruned it; null when it was started")
+    audited_rule: str | None = _doc("name of the rule that rules it out, though it was started: an audit, the baseline")
 
     config_json: str = Field(description="every flag of the configuration, as JSON")
     config_hash: str = Field(description="content hash of the flags")

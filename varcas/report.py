@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment, Objective
 from varcas.metrics import MAX_EXCESS, Gain, compare
+from varcas.pruner import OTHER_REASONS, refutations
 from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
 from varcas.space import ServingConfig, server_python
 
@@ -203,9 +204,22 @@ def _baseline(rows: Sequence[TrialRow]) -> TrialRow | None:
 
 
 def recommend(
-    rows: Sequence[TrialRow], experiment: Experiment, *, script: str | None = None, ended: str | None = None
+    rows: Sequence[TrialRow],
+    experiment: Experiment,
+    *,
+    script: str | None = None,
+    ended: str | None = None,
+    ruled_out: str | None = None,
 ) -> Recommendation:
-    """Turns a study's rows into its answer. Pure: writes nothing."""
+    """Turns a study's rows into its answer. Pure: writes nothing.
+
+    Args:
+        rows: the study's.
+        experiment: as it was run.
+        script: path of the start script.
+        ended: why the search ended.
+        ruled_out: why nothing was started at all.
+    """
     finding = find(rows, experiment)
     objective = experiment.objectives[0]
     baseline = _arm(finding.baseline, rows, "baseline", objective)
@@ -217,7 +231,7 @@ def recommend(
     return Recommendation(
         study=experiment.name,
         verdict=verdict,
-        headline=_headline(verdict, gain, winner, experiment, rows),
+        headline=(ruled_out or "").rstrip(".") or _headline(verdict, gain, winner, experiment, rows),
         model=experiment.model,
         gpu=next((row.gpu_name for row in rows if row.gpu_name), None),
         engine_version=next((row.engine_version for row in rows if row.engine_version), None),
@@ -250,7 +264,7 @@ def _flags(row: TrialRow) -> dict[str, JsonValue]:
 def described(purpose: str, arm: str | None, params: Mapping[str, JsonValue], flags: Mapping[str, JsonValue]) -> str:
     """What a trial sets, in one line: the search's parameters, or every flag."""
     text = settings_text(params or flags, flags)
-    role = f"confirm {arm}" if purpose == "confirm" else purpose if purpose == "baseline" else ""
+    role = f"confirm {arm}" if purpose == "confirm" else purpose if purpose in ("baseline", "audit") else ""
     return ": ".join(part for part in (role, text) if part)
 
 
@@ -477,7 +491,7 @@ def _warnings(
             "rows come from several engine versions: compare with care",
         ),
     ]
-    return [text for applies, text in checks if applies]
+    return [*refutations(rows), *(text for applies, text in checks if applies)]
 
 
 def _overrun(finding: Finding, experiment: Experiment) -> bool:
@@ -581,7 +595,7 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         ]
     if answer.failures:
         lines += ["", "Failed or refused:"]
-        lines += [_failure_line(failure) for failure in answer.failures]
+        lines += _failure_lines(answer.failures)
     lines += [f"Warning: {warning}." for warning in answer.warnings]
     total = ", ".join(f"{count} {state}" for state, count in sorted(answer.counts.items()))
     lines += ["", f"Trials: {total}" + (f"; search ended: {answer.ended}" if answer.ended else "") + "."]
@@ -613,7 +627,17 @@ def _last_line(detail: str | None) -> str:
     return lines[-1] if lines else ""
 
 
-def _failure_line(failure: Failure) -> str:
+def _failure_lines(failures: Iterable[Failure]) -> list[str]:
+    """One each; what a rule of the roofline ruled out once a rule, with its first configuration."""
+    groups: dict[str, list[Failure]] = {}
+    for failure in failures:
+        same = failure.rule if failure.rule and failure.rule not in OTHER_REASONS else str(failure.number)
+        groups.setdefault(same, []).append(failure)
+    return [_failure_line(group[0], len(group) - 1) for group in groups.values()]
+
+
+def _failure_line(failure: Failure, others: int) -> str:
     what = settings_text(failure.flags, failure.flags) or "the baseline"
-    text = f"  trial {failure.number}, {what}: {failure.rule or failure.kind}: {_last_line(failure.detail)}"
+    more = f" (and {others} more by this rule)" if others else ""
+    text = f"  trial {failure.number}, {what}{more}: {failure.rule or failure.kind}: {_last_line(failure.detail)}"
     return text + (f"\n    {failure.hint}" if failure.hint else "")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.pruner import is_pruned
 from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
 from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
 from varcas.store import Store
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+ANYWAY = "ruled out before any start; to start it all the same: `study: {prune: false}`, or the command below"
 UNSORTABLE = (list[str], dict[str, str], dict[str, float])
 
 
@@ -85,8 +87,9 @@ class Results:
         """What to deploy, from the rows in the store."""
         name = self._named(study)
         scripts = self.path / "studies" / name
-        ended = (self._store.study(name) or {}).get("ended")
-        answer = recommend(self._store.rows(name), self.experiment(name), ended=ended)
+        saved = self._store.study(name) or {}
+        ended, ruled_out = saved.get("ended"), saved.get("ruled_out")
+        answer = recommend(self._store.rows(name), self.experiment(name), ended=ended, ruled_out=ruled_out)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
@@ -164,6 +167,9 @@ def trial_text(row: TrialRow, slo: Mapping[str, float] | None = None) -> str:
     if row.failure_kind or row.reason_rule:
         lines.append(f"  {row.reason_rule or row.failure_kind}: {row.failure_detail}")
         lines += [f"  what to do: {row.failure_hint}"] if row.failure_hint else []
+        lines += [f"  {ANYWAY}"] if is_pruned(row) else []
+    if row.audited_rule:
+        lines.append(f"  started although rule {row.audited_rule} says it cannot work, to test that rule")
     if row.invalid_reasons:
         lines.append(f"  not to be believed: {'; '.join(row.invalid_reasons)}")
     lines += [f"  warning: {warning}" for warning in row.warnings]

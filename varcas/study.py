@@ -11,6 +11,10 @@ What Optuna is told of a row:
 | failed by its own fault, pruned, or twice not to be believed | COMPLETE, worst feasible objectives so far | 1e3 each |
 | the same while nothing was measured yet | PRUNED, so that no value is invented | 1e3 each |
 | lost through no fault of its own, stopped, or once not to be believed | FAIL, and proposed again | none |
+| pruned by a rule, in a space that the rules judged whole | FAIL | none |
+
+The last because a sampler has nothing to learn there: what it proposes of it costs no start and is moved to the nearest
+that may work. Told as failures they would fill its random start-up, and the share that it takes for good.
 
 TPE ranks what violates constraints by the sum of its violations: those of measured rows are capped, so that a
 configuration that runs is always preferred to one that does not. People are shown another study, made of the rows
@@ -54,6 +58,7 @@ from pydantic import JsonValue
 from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.pruner import Pruner, is_pruned
 from varcas.records import LATENCY_METRICS, Purpose, TrialRow
 from varcas.space import Flags, Label, Params, ServingConfig, Space, distance
 
@@ -69,7 +74,9 @@ UNMEASURED = 1.0
 MAX_FRUITLESS = 200
 """Proposals in a row that were duplicates or pruned, after which the search ends."""
 LISTED = 10_000
-"""Finite spaces up to this size are listed to find what is untried; of larger ones, random draws are looked at."""
+"""Finite spaces of which this much is left are listed to find what is untried; of larger ones random draws are seen."""
+DRAWN = 128
+"""Random draws of those, each of which the rules judge."""
 NUM_STARTUP = 5
 """Random proposals before TPE takes over; the baseline and enqueued ones count."""
 NUM_BEST, NUM_LATEST = 40, 60
@@ -128,10 +135,13 @@ class _ShortMemory(optuna.Study):
     """
 
     _ranks: dict[int, tuple[float, ...]]
+    forgotten: set[str]
+    """`trial_id`s of rows that no longer say anything of their configurations."""
 
     def __init__(self, study_name: str, storage: BaseStorage, sampler: BaseSampler) -> None:
         super().__init__(study_name, storage, sampler)
         self._ranks = {}
+        self.forgotten = set()
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """Every trial."""
@@ -141,6 +151,8 @@ class _ShortMemory(optuna.Study):
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
         trials = super()._get_trials(deepcopy, states, use_cache)
+        if self.forgotten:
+            trials = [trial for trial in trials if trial.user_attrs.get("trial_id") not in self.forgotten]
         if len(trials) <= NUM_BEST + NUM_LATEST:
             return trials
         finished = [trial.number for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
@@ -206,6 +218,7 @@ class _Ledger:
     """What a study's rows say so far: answers, starts spent, worst objectives."""
 
     experiment: Experiment
+    judged_whole: bool = False
     answers: dict[str, tuple[TrialRow, Verdict]] = field(default_factory=dict)
     spent: int = 0
     worst: list[float] | None = None
@@ -218,7 +231,7 @@ class _Ledger:
         verdict = self._verdict(row, retry)
         if verdict != "again":
             self.answers.setdefault(row.config_hash, (row, verdict))
-            self.spent += row.state != "infeasible"
+            self.spent += row.state != "infeasible" and row.purpose != "audit"
         if verdict == "measured":
             self._note_worst(row)
         return verdict
@@ -295,7 +308,7 @@ class _Told:
 
 def _told(row: TrialRow, verdict: Verdict, ledger: _Ledger) -> _Told:
     experiment = ledger.experiment
-    if verdict in ("again", "given up"):
+    if verdict in ("again", "given up") or (ledger.judged_whole and is_pruned(row)):
         return _Told(TrialState.FAIL, None, {}, _attributes(row, {}, experiment))
     if verdict == "measured":
         constraints = constraints_of(row, experiment)
@@ -396,10 +409,10 @@ class _Drawn:
 
 
 class _Untried:
-    """What a finite space holds that was not tried yet."""
+    """What a space holds that is neither tried nor ruled out."""
 
-    def __init__(self, space: Space, seed: int) -> None:
-        self._space, self._rng = space, random.Random(seed)
+    def __init__(self, space: Space, seed: int, pruner: Pruner | None) -> None:
+        self._space, self._pruner, self._rng = space, pruner, random.Random(seed)
         self._listed: dict[str, Params] | None = None
 
     def near(self, params: Params, known: Callable[[str], bool]) -> Params | None:
@@ -407,16 +420,39 @@ class _Untried:
         candidates = self._sample(known)
         return min(candidates, key=lambda candidate: distance(params, candidate), default=None)
 
+    def may_work(self) -> Mapping[str, Params] | None:
+        """What the rules leave of the space, tried or not; None where that is not known in advance."""
+        survey = self._pruner.survey() if self._pruner is not None else None
+        return None if survey is None else survey.left
+
+    def relist(self) -> None:
+        """The rules say less than before."""
+        self._listed = None
+
     def _sample(self, known: Callable[[str], bool], at_most: int = 512) -> list[Params]:
-        size = self._space.size() or 0
-        if size > LISTED:
-            drawn = [self._space.propose(_Drawn(self._rng)) for _ in range(at_most)]
-            return [params for params, flags in drawn if not known(self._space.config(flags).hash)]
         if self._listed is None:
-            self._listed = {self._space.config(flags).hash: params for params, flags in self._space.points()}
+            self._listed = self._list()
+        if not self._listed:
+            return self._draw(known)
         self._listed = {key: params for key, params in self._listed.items() if not known(key)}
         left = list(self._listed.values())
         return self._rng.sample(left, min(len(left), at_most))
+
+    def _list(self) -> dict[str, Params]:
+        """All of it, or nothing where that is too much."""
+        left, size = self.may_work(), self._space.size()
+        if left is not None:
+            return dict(left) if len(left) <= LISTED else {}
+        if size is None or size > LISTED:
+            return {}
+        return {self._space.config(flags).hash: params for params, flags in self._space.points()}
+
+    def _draw(self, known: Callable[[str], bool]) -> list[Params]:
+        drawn = [self._space.propose(_Drawn(self._rng)) for _ in range(DRAWN)]
+        configs = [self._space.config(flags) for _, flags in drawn]
+        allowed = [True] * DRAWN if self._pruner is None else self._pruner.allowed(configs)
+        pairs = zip(drawn, configs, allowed, strict=True)
+        return [params for (params, _), config, ok in pairs if ok and not known(config.hash)]
 
 
 # the study
@@ -436,25 +472,32 @@ class Study:
     """
 
     def __init__(
-        self, experiment: Experiment, space: Space, storage: BaseStorage, study: optuna.Study, past: Sequence[TrialRow]
+        self,
+        experiment: Experiment,
+        space: Space,
+        storage: BaseStorage,
+        study: _ShortMemory,
+        past: Sequence[TrialRow],
+        pruner: Pruner | None = None,
     ) -> None:
         self.experiment, self.space = experiment, space
         self._storage = storage
         self.ended: str | None = None
         self._optuna = study
-        self._ledger = _Ledger(experiment)
+        self._ledger = _Ledger(experiment, pruner is not None and pruner.survey() is not None)
         self._queue: deque[_Queued] = deque()
         self._in_flight: dict[str, Proposal] = {}
         self._trials: dict[int, optuna.trial.Trial] = {}
         self._in_space: set[str] = set()
-        self._untried = _Untried(space, experiment.study.seed)
+        self._untried = _Untried(space, experiment.study.seed, pruner)
         self._fruitless = 0
+        self._missed: Params | None = None  # what the sampler wanted last, and the rules ruled out
         self._last: str | None = None
         self._reconcile(past)
 
     @property
     def spent(self) -> int:
-        """Server starts of the search so far; retried ones and those that were pruned do not count."""
+        """Server starts of the search so far; retried ones, audits and those that were ruled out do not count."""
         return self._ledger.spent
 
     def answered(self, config_hash: str) -> TrialRow | None:
@@ -466,13 +509,14 @@ class Study:
         """The next configuration to measure; None when there is none now, and `ended` says why.
 
         First the baseline, then what was lost or enqueued, then the sampler. Duplicates are answered from the store.
+        After a proposal that was ruled out comes the nearest that is not.
         After a None, a lost start may make room for another proposal: ask again until nothing runs.
         """
         if self._last in self._in_flight:  # it was neither pruned nor answered: it runs
             self._fruitless = 0
         self._last = None
         while (ended := self._end()) is None:
-            proposal = self._queued() if self._queue else self._sampled()
+            proposal = self._queued() if self._queue else self._near_missed() if self._missed else self._sampled()
             if proposal is not None:
                 self._last = proposal.config.hash
                 self._in_flight[self._last] = proposal
@@ -488,16 +532,40 @@ class Study:
             row: its row; `row.config_hash` is that of the proposal.
             retry: the failure was not the configuration's fault; it is proposed again up to `max_retries` times.
         """
+        if proposal.purpose == "audit":
+            self._tell_audit(row, retry)
+            return
         self._in_flight.pop(row.config_hash, None)
         verdict = self._ledger.add(row, retry)
         if row.config_hash == self._last:
             self._fruitless = self._fruitless + 1 if row.state == "infeasible" else 0
+        if is_pruned(row) and proposal.purpose == "search":
+            self._missed = proposal.params
         if verdict == "again":
             self._queue.appendleft(_Queued(proposal.config, proposal.purpose))
         if proposal.number is not None:
             self._finish(self._trials.pop(proposal.number), _told(row, verdict, self._ledger))
         elif proposal.purpose == "baseline" and verdict != "again":
             self._note_baseline(row)
+
+    def _tell_audit(self, row: TrialRow, retry: bool) -> None:
+        """An audit was not the sampler's idea; one that was measured is a configuration like any other."""
+        verdict = self._ledger.add(row, retry)
+        params = self.space.params_of(json.loads(row.config_json))
+        if params is not None:
+            self._in_space.add(row.config_hash)
+            self._restore(row, verdict, params, [])
+
+    def reopen(self, rows: Iterable[TrialRow]) -> None:
+        """Forgets rows that were pruned by a rule found wrong: their configurations may be proposed."""
+        for row in rows:
+            answer = self._ledger.answers.get(row.config_hash)
+            if answer is not None and answer[0].trial_id == row.trial_id:
+                del self._ledger.answers[row.config_hash]
+            self._optuna.forgotten.add(row.trial_id)
+        self._untried.relist()
+        self._fruitless = 0
+        self._fill_queue([])
 
     def close(self) -> None:
         """Leaves the storage; its connections are closed."""
@@ -510,15 +578,16 @@ class Study:
             return "budget spent"
         if self._queue:
             return None
-        size = self.space.size()
-        if size is not None and self._num_tried() >= size:
+        may_work = self._untried.may_work()
+        size = self.space.size() if may_work is None else len(may_work)
+        if size is not None and self._num_tried(may_work) >= size:
             return "space exhausted"
         if self._fruitless >= MAX_FRUITLESS:
             return f"{MAX_FRUITLESS} proposals in a row were duplicates or pruned"
         return None
 
-    def _num_tried(self) -> int:
-        return sum(key in self._ledger.answers or key in self._in_flight for key in self._in_space)
+    def _num_tried(self, may_work: Mapping[str, Params] | None) -> int:
+        return sum(self._known(key) for key in self._in_space if may_work is None or key in may_work)
 
     def _known(self, config_hash: str) -> bool:
         return config_hash in self._ledger.answers or config_hash in self._in_flight
@@ -543,6 +612,10 @@ class Study:
         self._answer(trial, config)
         self._fruitless += 1
         return self._untried_near(params) if self.space.size() is not None else None
+
+    def _near_missed(self) -> Proposal | None:
+        params, self._missed = self._missed, None
+        return None if params is None else self._untried_near(params)
 
     def _untried_near(self, params: Params) -> Proposal | None:
         near = self._untried.near(params, self._known)
@@ -600,7 +673,7 @@ class Study:
             params = self.space.params_of(config.flags)
             if params is not None:
                 self._in_space.add(config.hash)
-            if verdict == "again":
+            if verdict == "again" and row.purpose != "audit":
                 lost.append(_Queued(config, row.purpose))
             if params is not None and row.trial_id not in told:
                 self._restore(row, verdict, params, unfinished)
@@ -673,7 +746,14 @@ class _Unfinished:
     config: ServingConfig | None
 
 
-def open_study(experiment: Experiment, space: Space, storage_url: str, *, past: Sequence[TrialRow]) -> Study:
+def open_study(
+    experiment: Experiment,
+    space: Space,
+    storage_url: str,
+    *,
+    past: Sequence[TrialRow],
+    pruner: Pruner | None = None,
+) -> Study:
     """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
 
     Args:
@@ -681,23 +761,25 @@ def open_study(experiment: Experiment, space: Space, storage_url: str, *, past: 
         space: what may be proposed.
         storage_url: `journal:PATH`, `sqlite:///PATH` or `postgresql://...`.
         past: this study's rows in the store.
+        pruner: what rules configurations out; None when nothing does. Rows that no longer stand are left out.
 
     Raises:
         InputError: an unknown sampler, or a storage that cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = make_sampler(experiment, space, len(past))
+    past = [row for row in past if pruner is None or pruner.stands(row)]
     with _as_input_error(storage_url), _no_experimental_warnings():
         storage = _storage(storage_url)
         try:
             study = _agreeing(storage, experiment, sampler, {row.trial_id for row in past})
-            return Study(experiment, space, storage, study, past)
+            return Study(experiment, space, storage, study, past, pruner)
         except BaseException:
             _close(storage)
             raise
 
 
-def _agreeing(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler, rows: set[str]) -> optuna.Study:
+def _agreeing(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler, rows: set[str]) -> _ShortMemory:
     """The Optuna study of that name; an empty one where it knows rows that the store lacks, or another question."""
     study = _loaded(storage, experiment, sampler)
     fingerprint = _fingerprint(experiment)
@@ -714,7 +796,7 @@ def _agreeing(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler
     return study
 
 
-def _loaded(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler) -> optuna.Study:
+def _loaded(storage: BaseStorage, experiment: Experiment, sampler: BaseSampler) -> _ShortMemory:
     directions = [objective.direction for objective in experiment.objectives]
     optuna.create_study(storage=storage, study_name=experiment.name, directions=directions, load_if_exists=True)
     return _ShortMemory(experiment.name, storage, sampler)

@@ -10,8 +10,8 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +23,10 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
+from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, LoadResult, Outcome, Purpose, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
+from varcas.rules import Site
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
 from varcas.study import Proposal, Study, make_sampler, open_study
@@ -43,7 +45,9 @@ GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
 """Failures of the baseline that no flag changes: a sweep ends with them, and tries the baseline again when resumed."""
 MAX_LISTED = 10_000
-"""Larger spaces are not listed to see how much of them is left."""
+"""Larger spaces are not listed to see how much of them is left, unless the rules listed them already."""
+NOT_ASKED = Checked(ok=True)
+"""Of a configuration that was ruled out before vLLM was asked."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
@@ -64,11 +68,13 @@ class Plan:
     load_s: float
     budget_s: float | None
     width: int
+    ruled_out: Mapping[str, int] = field(default_factory=dict)  # of the space, by rule; empty where it is not listed
+    audit_starts: int = 0  # of what is ruled out, at most
 
     @property
     def total_s(self) -> float:
         """Upper estimate of what is left, in wall seconds."""
-        starts = self.search_left + self.confirm_starts
+        starts = self.search_left + self.audit_starts + self.confirm_starts
         estimate = starts * (self.start_s + self.load_s) / self.width
         return estimate if self.budget_s is None else min(estimate, self.budget_s)
 
@@ -95,6 +101,7 @@ class Job:
     checked: Checked
     arm: str | None = None
     attempt: int = 0
+    audited_rule: str | None = None
 
     @property
     def key(self) -> str:
@@ -211,6 +218,7 @@ class Sweeper:
         self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
         self._held: Job | None = None
         self.ended: str | None = None
+        self.ruled_out: str | None = None
 
     def __enter__(self) -> Sweeper:
         """Asks the node what it has, checks the experiment against it, and opens the study."""
@@ -244,9 +252,20 @@ class Sweeper:
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
+        self.pruner = Pruner(experiment, self.space, self._site(), self._rows)
+        for text in self.pruner.disabled.values():
+            self._note(text)
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
         past = [row for row in self._rows if not _is_hopeless(row)]
-        self.study: Study = open_study(experiment, self.space, storage, past=past)
+        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner)
+
+    def _site(self) -> Site:
+        """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
+        slots = self.pool.slots
+        one_node = slots.num_gpus <= slots.gpus_per_node
+        gpu = gpu_at_best(slots.gpu, self.facts if one_node else None) if slots.on_gpu else None
+        most = min(slots.num_gpus, slots.gpus_per_node) if slots.on_gpu else None
+        return site_of(self.experiment, self.facts, gpu, on_cpu=not slots.on_gpu, gpus_per_node=most)
 
     def _check_baseline(self) -> None:
         """The configuration to beat must be one that vLLM takes.
@@ -268,7 +287,7 @@ class Sweeper:
         """
         now, name = self._fingerprint(), self.experiment.name
         before = self.store.study(name)
-        if before is not None:
+        if before is not None and self.store.rows(name):  # one without rows measured nothing
             old = before["fingerprint"]
             if changed := [_changes(key, old.get(key), now[key]) for key in now if old.get(key) != now[key]]:
                 raise InputError(
@@ -303,7 +322,10 @@ class Sweeper:
             VarcasError: the baseline fails for a reason that every configuration shares.
         """
         known = len(self._rows)
+        if self._nothing_to_try():
+            return
         self._emit(Event("plan", plan=self._opening_plan()))
+        self._note_baseline()
         while not self._stopping.is_set():
             while not self._stopping.is_set() and (job := self._next_job()):
                 self._start(job)
@@ -314,6 +336,26 @@ class Sweeper:
         self.ended = self.study.ended or ("interrupted" if self._stopping.is_set() else self.ended)
         if self._stopping.is_set():
             raise KeyboardInterrupt
+
+    def _nothing_to_try(self) -> bool:
+        """Whether the rules rule out everything, so that nothing is to be started; not against what was measured."""
+        if any(row.state == "complete" for row in self._rows):
+            return False
+        self.ruled_out = self.pruner.nothing_left()
+        if self.ruled_out is None:
+            return False
+        self.ended = "every configuration is ruled out"
+        self._note(self.ruled_out)
+        return True
+
+    def _note_baseline(self) -> None:
+        baseline = self.space.config(self.experiment.baseline)
+        refusal = self.pruner.says(baseline)
+        if refusal is not None and self.study.answered(baseline.hash) is None:
+            self._note(
+                f"rule {refusal.rule} says that the baseline cannot work: {refusal.message} [{refusal.source}]. "
+                "It is started all the same; if it works, that rule is wrong, and off for this study"
+            )
 
     def _check_hope(self, rows: Sequence[TrialRow]) -> None:
         row = next((row for row in rows if _is_hopeless(row)), None)
@@ -334,31 +376,56 @@ class Sweeper:
                 return None
             if not self.pool.has_room(1):
                 return None
-            proposal = self.study.propose()
+            proposal = self.study.propose() or self._audit()
             if proposal is None:
                 return None
+            if self._rule_out(proposal):
+                continue
             checked = self._check(proposal.config)
             if self._answer_without_start(proposal, checked):
                 continue
-            attempt = self._attempts(proposal.config)
-            job = Job(proposal, self._number(), proposal.purpose, checked, attempt=attempt)
+            job = replace(self._job(proposal, checked), attempt=self._attempts(proposal.config))
         if self.pool.has_room(job.proposal.config.num_gpus):
             return job
         self._held = job
         return None
 
+    def _audit(self) -> Proposal | None:
+        """A configuration that is ruled out, to be started all the same: only once the search proposes no more."""
+        found = self.pruner.next_audit()
+        if found is None:
+            return None
+        config, params = found
+        return Proposal(None, params, self.space.over_serve(config), config, "audit")
+
+    def _job(self, proposal: Proposal, checked: Checked) -> Job:
+        """A job with the next number; one that tests a rule names it."""
+        tests = proposal.purpose in ("audit", "baseline")
+        refusal = self.pruner.says(proposal.config) if tests else None
+        rule = None if refusal is None else refusal.rule
+        return Job(proposal, self._number(), proposal.purpose, checked, audited_rule=rule)
+
+    def _rule_out(self, proposal: Proposal) -> bool:
+        """Records what the rules rule out: it costs no GPU time, and vLLM is not asked."""
+        refusal = None if proposal.purpose == "audit" else self.pruner.verdict(proposal.config)
+        if refusal is None:
+            return False
+        row = self._row(self._job(proposal, NOT_ASKED), state="infeasible", **reason_columns(refusal))
+        self._record(row, proposal)
+        return True
+
     def _answer_without_start(self, proposal: Proposal, checked: Checked) -> bool:
         """Records what needs no GPU: a configuration that vLLM refuses, or that needs more GPUs than a node has."""
         config, slots = proposal.config, self.pool.slots
-        refused, rule = (None if checked.ok else checked.error), "vllm_refuses"
+        refused, rule = (None if checked.ok else checked.error), VLLM_REFUSES
         most = min(slots.num_gpus, slots.gpus_per_node)
         if not refused and slots.on_gpu and config.num_gpus > most:
             refused = f"needs {config.num_gpus} GPUs on one node, the experiment may use {most}"
-            rule = "needs_more_gpus"
+            rule = NEEDS_MORE_GPUS
         if not refused:
             return False
         row = self._row(
-            Job(proposal, self._number(), proposal.purpose, checked),
+            self._job(proposal, checked),
             state="infeasible",
             failure_kind="unsupported_by_engine",
             failure_detail=refused,
@@ -410,11 +477,22 @@ class Sweeper:
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
         load = outcome.load if outcome else None
+        wrong = self.pruner.heard(row)
+        if wrong:
+            row = row.model_copy(update={"warnings": [*row.warnings, *wrong]})
         self.store.append(row, load.records if load else (), outcome.samples if outcome else ())
         self._rows.append(row)
+        if wrong:
+            self._switch_off(wrong)
         if proposal is not None:
             self.study.tell(proposal, row, retry=row.failure_kind in RETRIED and row.state != "infeasible")
         self._emit(Event("row", row=row))
+
+    def _switch_off(self, wrong: Sequence[str]) -> None:
+        """Says loudly which rules are wrong, and opens again what they ruled out."""
+        for text in wrong:
+            self._note(text)
+        self.study.reopen([row for row in self._rows if is_pruned(row) and not self.pruner.stands(row)])
 
     # confirm
 
@@ -497,8 +575,8 @@ class Sweeper:
         directory = Path(self.experiment.results) / "studies" / self.experiment.name
         script = write_scripts(self._rows, self.experiment, directory)
         saved = self.store.study(self.experiment.name) or {}
-        self.store.save_study(self.experiment.name, {**saved, "ended": self.ended})
-        return recommend(self._rows, self.experiment, script=script, ended=self.ended)
+        self.store.save_study(self.experiment.name, {**saved, "ended": self.ended, "ruled_out": self.ruled_out})
+        return recommend(self._rows, self.experiment, script=script, ended=self.ended, ruled_out=self.ruled_out)
 
     # pieces
 
@@ -507,8 +585,9 @@ class Sweeper:
         workload, study = self.experiment.workload, self.experiment.study
         measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
         guess = GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
-        size = self.space.size()
-        searches = study.trials if size is None else min(study.trials, size + 1)
+        size, survey = self.space.size(), self.pruner.survey()
+        may_work = size if survey is None else len(survey.left)
+        searches = study.trials if may_work is None else min(study.trials, may_work + 1)
         done = self.study.spent
         return Plan(
             study=self.experiment.name,
@@ -521,6 +600,8 @@ class Sweeper:
             load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
+            ruled_out=survey.by_rule if survey is not None else {},
+            audit_starts=self.pruner.audits_left,
         )
 
     def _opening_plan(self) -> Plan:
@@ -532,12 +613,13 @@ class Sweeper:
 
     def _search_left(self) -> int:
         """Starts that the search may still make."""
-        e, size = self.experiment, self.space.size()
+        e, size, survey = self.experiment, self.space.size(), self.pruner.survey()
         left = max(0, e.study.trials - self.study.spent)
-        if size is None or size > MAX_LISTED:
+        if survey is None and (size is None or size > MAX_LISTED):
             return left
         named = [self.space.config(flags) for flags in (e.baseline, *e.study.enqueue)]
-        hashes = {config.hash for config in (*named, *self.space.configs())}
+        listed = survey.left if survey is not None else [config.hash for config in self.space.configs()]
+        hashes = {*(config.hash for config in named if self.pruner.verdict(config) is None), *listed}
         return min(left, sum(self.study.answered(key) is None for key in hashes))
 
     def _out_of_time(self, reserve: bool = True) -> bool:
@@ -627,6 +709,7 @@ class Sweeper:
             "started_at": datetime.datetime.now(datetime.UTC),
             "gpu_name": self.facts.gpu_name,
             "gpu_count": config.num_gpus if self.pool.slots.on_gpu else 0,
+            "audited_rule": job.audited_rule,
         }
         return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
 

@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas import hardware
 from varcas.engine.fetch import weights_problem
-from varcas.engine.node import Node
+from varcas.engine.node import Node, NodeFacts
 from varcas.engine.probe import probe_python
 from varcas.engine.validation import Checked, refusal
 from varcas.errors import nearest
 from varcas.experiment import Experiment
+from varcas.pruner import Pruner, gpu_at_best, site_of
+from varcas.rules import Site
 from varcas.space import ServingConfig, Space
 from varcas.sweeper import check, located
 
@@ -32,6 +34,16 @@ class Refused(BaseModel):
     message: str = Field(description="with file, line, flag and value")
 
 
+class RuledOut(BaseModel):
+    """What one rule of the roofline keeps from being started."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    rule: str
+    configurations: int
+    message: str = Field(description="of the first, with the numbers")
+    source: str = Field(description="file and symbol in vLLM, or a formula")
+
+
 class Validated(BaseModel):
     """What is known of an experiment before anything starts."""
 
@@ -44,6 +56,8 @@ class Validated(BaseModel):
     baseline_ok: bool
     baseline_error: str | None = Field(description="in vLLM's own words")
     baseline_message: str | None = Field(description="with file, line, flag and value, as `varcas sweep` says it")
+    ruled_out: list[RuledOut] = Field(description="by the roofline's rules, of a space of at most 100,000")
+    nothing_left: str | None = Field(description="why a sweep would start nothing; null when something may work")
     notes: list[str] = Field(description="what is not wrong in itself: a GPU or a Python that is not here, no weights")
 
 
@@ -67,8 +81,12 @@ def validate(experiment: Experiment, on_note: Callable[[str], None] = lambda tex
 
 
 def _asked(experiment: Experiment, space: Space, node: Node, on_note: Callable[[str], None]) -> Validated:
-    notes = [*_notes(experiment)]
-    if not node.has_vllm():
+    has_vllm = node.has_vllm()
+    facts = node.facts() if has_vllm else None
+    pruner = Pruner(experiment, space, _site(experiment, facts))
+    notes = [*_notes(experiment), *_baseline_note(experiment, space, pruner)]
+    ruled_out, nothing_left = _ruled_out(pruner), pruner.nothing_left()
+    if facts is None:
         return Validated(
             experiment=experiment.name,
             engine_version=None,
@@ -78,10 +96,12 @@ def _asked(experiment: Experiment, space: Space, node: Node, on_note: Callable[[
             baseline_ok=True,
             baseline_error=None,
             baseline_message=None,
+            ruled_out=ruled_out,
+            nothing_left=nothing_left,
             notes=notes,
         )
     on_note("asking vLLM (about 15 s the first time)")
-    version = node.facts().engine_version
+    version = facts.engine_version
     space.check_names(node.flag_names())
 
     def ask(config: ServingConfig) -> tuple[ServingConfig, Checked]:
@@ -110,8 +130,34 @@ def _asked(experiment: Experiment, space: Space, node: Node, on_note: Callable[[
         baseline_message=None
         if checked.ok
         else f"{refusal(experiment, checked, version, baseline.flags, 'baseline')}.",
+        ruled_out=ruled_out,
+        nothing_left=nothing_left,
         notes=notes,
     )
+
+
+def _site(experiment: Experiment, facts: NodeFacts | None) -> Site:
+    """What the rules know here, where the GPU that is asked for may not be."""
+    wanted, here = experiment.hardware.gpu, hardware.gpus()
+    on_cpu = wanted == "cpu" or (wanted == "auto" and not here)
+    there = wanted == "auto" or wanted in {gpu.kind for gpu in here}
+    gpu = None if on_cpu else gpu_at_best(here[0].kind if wanted == "auto" else wanted, facts if there else None)
+    return site_of(experiment, facts, gpu, on_cpu=on_cpu)
+
+
+def _ruled_out(pruner: Pruner) -> list[RuledOut]:
+    survey = pruner.survey()
+    if survey is None:
+        return []
+    return [
+        RuledOut(rule=rule, configurations=count, message=survey.first[rule].message, source=survey.first[rule].source)
+        for rule, count in survey.by_rule.items()
+    ]
+
+
+def _baseline_note(experiment: Experiment, space: Space, pruner: Pruner) -> Iterator[str]:
+    if (refusal := pruner.says(space.config(experiment.baseline))) is not None:
+        yield f"{experiment.place('baseline')}: rule {refusal.rule} says that it cannot work: {refusal.message}."
 
 
 def _notes(experiment: Experiment) -> Iterator[str]:
@@ -147,7 +193,7 @@ def validated_text(answer: Validated) -> str:
     size = "continuous" if answer.space_size is None else f"{answer.space_size} configurations"
     if answer.engine_version is None:
         head = f"{answer.experiment}: well formed, space: {size}. No vLLM here: flags are checked on the first node."
-        return "\n".join([head, *_note_lines(answer)])
+        return "\n".join([head, *_rule_lines(answer), *_note_lines(answer)])
     lines = [f"{answer.experiment}: space: {size}; vLLM {answer.engine_version} was asked about {answer.checked}."]
     groups: dict[str, list[Refused]] = {}
     for refused in answer.refused:
@@ -158,7 +204,16 @@ def validated_text(answer: Validated) -> str:
     lines += [f"{same[0].message} Refused: {_described(same)}." for same in groups.values()]
     if len(lines) == 1:
         lines.append("None was refused.")
-    return "\n".join([*lines, *_note_lines(answer)])
+    return "\n".join([*lines, *_rule_lines(answer), *_note_lines(answer)])
+
+
+def _rule_lines(answer: Validated) -> list[str]:
+    if answer.nothing_left is not None:
+        return [f"Nothing would be started: {answer.nothing_left}"]
+    return [
+        f"Ruled out before any start: {out.configurations} by {out.rule}, for one: {out.message} [{out.source}]."
+        for out in answer.ruled_out
+    ]
 
 
 def _note_lines(answer: Validated) -> list[str]:

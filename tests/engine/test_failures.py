@@ -29,6 +29,7 @@ KINDS = {
     "crashed_under_load",
     "hung",
     "all_requests_failed",
+    "slo_out_of_reach",
     "port_in_use",
     "gpu_busy",
     "worker_lost",
@@ -40,6 +41,7 @@ WITHOUT_PATTERNS = KINDS & {
     "crashed_under_load",
     "hung",
     "all_requests_failed",
+    "slo_out_of_reach",
     "worker_lost",
     "interrupted",
 }

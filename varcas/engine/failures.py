@@ -167,6 +167,7 @@ FAILURES = (
     Failure("crashed_under_load", "the log shows where; fewer sequences or tokens at once often avoid it"),
     Failure("hung", "the server lived but gave no token; the log's last lines show what it was doing"),
     Failure("all_requests_failed", "the server refused every request: the first error says why"),
+    Failure("slo_out_of_reach", "physics allows no server to meet this limit here: loosen `slo`, or take a faster GPU"),
     Failure("worker_lost", "the Ray worker or its node died; the trial is run again", retry=True),
     Failure("interrupted", "it was stopped on request; the same command goes on"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from varcas.engine.vllm import server_env, without
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Server
 
-__all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "other_models"]
+__all__ = ["Checked", "Node", "NodeFacts", "cache_dir", "config_text", "other_models"]
 
 
 def cache_dir() -> Path:
@@ -31,13 +31,37 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a node is, as far as it decides whether two measurements may be compared."""
+    """What a node is, as far as it decides whether two measurements may be compared, and what cannot work there.
+
+    Attributes:
+        engine_version: of its vLLM.
+        model_path: where the model lies on it.
+        model_revision: commit of the snapshot, or content hash of the directory's configuration.
+        gpu_name: as NVML names its first GPU.
+        driver_version: of that.
+        gpu_memory_bytes: all of that GPU's memory.
+        model_config: text of the model's `config.json`; None where there is none.
+        host_memory_bytes: all of the host's memory.
+        engine_env: vLLM's variables in its server's environment.
+    """
 
     engine_version: str
     model_path: str
     model_revision: str
     gpu_name: str | None
     driver_version: str | None
+    gpu_memory_bytes: int | None = None
+    model_config: str | None = None
+    host_memory_bytes: int | None = None
+    engine_env: Mapping[str, str] = field(default_factory=dict)
+
+
+def config_text(directory: str) -> str | None:
+    """Text of a model directory's `config.json`; None without one that can be read."""
+    try:
+        return (Path(directory) / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def other_models(flags: Mapping[str, Any]) -> list[tuple[str, str | None]]:
@@ -99,8 +123,17 @@ class Node:
         except TrialError as error:
             raise VarcasError(f"model: {error.kind}: {error.detail}. Fix: {HINTS[error.kind]}.") from None
         gpu = self._gpus[0] if self._gpus else None
-        driver = gpu.driver_version if gpu else None
-        return NodeFacts(version, fetched.path, fetched.revision, self._gpu_name, driver)
+        return NodeFacts(
+            engine_version=version,
+            model_path=fetched.path,
+            model_revision=fetched.revision,
+            gpu_name=self._gpu_name,
+            driver_version=gpu.driver_version if gpu else None,
+            gpu_memory_bytes=gpu.memory_bytes if gpu else None,
+            model_config=config_text(fetched.path),
+            host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            engine_env={k: v for k, v in self._env.items() if k.startswith("VLLM_") and k != "VLLM_API_KEY"},
+        )
 
     def fetch(self) -> FetchedModel:
         """The model on this node, fetched once.
