@@ -40,6 +40,10 @@ INOTIFY_EVENT = struct.Struct("iIII")
 
 SHM = "/dev/shm"
 SHM_LOOKS_AFTER_S = (0.0, 0.02, 0.1, 0.5, 1.0)
+RESET = (
+    signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGQUIT, signal.SIGTERM, signal.SIGXFSZ,
+)  # fmt: skip
+# a program begins with their defaults; a shell ignores SIGINT and SIGQUIT for what it starts with `&`
 LIFELINE_FD = 0
 
 
@@ -447,7 +451,7 @@ def become(
         if os.getppid() != guardian:
             os._exit(1)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE, signal.SIGTERM, signal.SIGXFSZ):
+        for number in RESET:
             signal.signal(number, signal.SIG_DFL)
         stdin, *stdout = fds or (os.open(os.devnull, os.O_RDONLY),)
         os.dup2(stdin, 0)
