@@ -23,11 +23,12 @@ alone (`dashboard_view`): what failed has no value there.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import datetime
 import hashlib
-import heapq
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -131,17 +132,18 @@ SAMPLERS: dict[str, Callable[[int, Space], BaseSampler]] = {"auto": _auto, "tpe"
 class _ShortMemory(optuna.Study):
     """A study whose sampler sees the best and the latest finished trials only, and all running ones.
 
-    Overrides what samplers read trials through, as Optuna's own Hyperband does; `get_trials` gives all.
+    Overrides what samplers read trials through, as Optuna's own Hyperband does; `get_trials` gives all. Samplers read
+    them several times a proposal: each finished trial is ranked once.
     """
 
-    _ranks: dict[int, tuple[float, ...]]
-    forgotten: set[str]
-    """`trial_id`s of rows that no longer say anything of their configurations."""
+    _finished: list[int]  # numbers, as they were seen to finish
+    _ranked: list[tuple[tuple[float, ...], int]]  # the best first
+    _open: list[int]
+    _num_seen: int
 
     def __init__(self, study_name: str, storage: BaseStorage, sampler: BaseSampler) -> None:
         super().__init__(study_name, storage, sampler)
-        self._ranks = {}
-        self.forgotten = set()
+        self._finished, self._ranked, self._open, self._num_seen = [], [], [], 0
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
         """Every trial."""
@@ -150,26 +152,30 @@ class _ShortMemory(optuna.Study):
     def _get_trials(
         self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        trials = super()._get_trials(deepcopy, states, use_cache)
-        if self.forgotten:
-            trials = [trial for trial in trials if trial.user_attrs.get("trial_id") not in self.forgotten]
-        if len(trials) <= NUM_BEST + NUM_LATEST:
-            return trials
-        finished = [trial.number for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-        kept = set(finished[-NUM_LATEST:])
-        by_number = {trial.number: trial for trial in trials}
-        older = finished[:-NUM_LATEST]
-        kept.update(heapq.nsmallest(NUM_BEST, older, key=lambda number: self._rank(by_number[number])))
-        return [trial for trial in trials if trial.number in kept or not trial.state.is_finished()]
+        trials = super()._get_trials(deepcopy, None, use_cache)
+        if len(trials) > NUM_BEST + NUM_LATEST:
+            self._look(trials)
+            latest = set(self._finished[-NUM_LATEST:])
+            older = (number for _, number in self._ranked if number not in latest)
+            kept = latest.union(itertools.islice(older, NUM_BEST), self._open)
+            trials = [trials[number] for number in sorted(kept)]
+        return [trial for trial in trials if states is None or trial.state in states]
+
+    def _look(self, trials: Sequence[FrozenTrial]) -> None:
+        """Ranks those that have finished since the last look; a trial's number is its place."""
+        numbers = [*self._open, *range(self._num_seen, len(trials))]
+        self._num_seen = len(trials)
+        self._open = [number for number in numbers if not trials[number].state.is_finished()]
+        for trial in (trials[number] for number in numbers):
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+                self._finished.append(trial.number)
+                bisect.insort(self._ranked, (self._rank(trial), trial.number))
 
     def _rank(self, trial: FrozenTrial) -> tuple[float, ...]:
         """Sorts the best first: by violation, then by the objectives in their order."""
-        if trial.number not in self._ranks:
-            violation = sum(value for value in trial.constraints.values() if value > 0)
-            signs = [-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in self.directions]
-            values = [sign * value for sign, value in zip(signs, trial.values or (), strict=False)]
-            self._ranks[trial.number] = (violation, *values)
-        return self._ranks[trial.number]
+        violation = sum(value for value in trial.constraints.values() if value > 0)
+        signs = [-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in self.directions]
+        return (violation, *(sign * value for sign, value in zip(signs, trial.values or (), strict=False)))
 
 
 @contextlib.contextmanager
