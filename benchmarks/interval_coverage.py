@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from varcas.columns import Floats, Measured, Requests
 from varcas.intervals import Interval, mean_interval, quantile_interval
+from varcas.metrics import warmup_figures
 from varcas.records import Sample
 from varcas.saturation import filling
 from varcas.validity import still_warming
@@ -59,17 +60,21 @@ def print_coverage(runs: int) -> None:
         for num in LENGTHS:
             drawn = [waits(rng, load, num) for _ in range(runs if num < 100_000 else runs // 2)]
             sorts = [np.sort(values) for values in drawn]
+            told = num_held = 0
             for name, permille in STATISTICS.items():
                 true = truth(load, permille)
                 found = [of_statistic(v, s, permille) for v, s in zip(drawn, sorts, strict=True)]
                 reliable = np.array([interval.reliable for interval in found])
                 held = np.array([interval.lo <= true <= interval.hi for interval in found])
+                told, num_held = told + int(reliable.sum()), num_held + int((reliable & held).sum())
                 rest = f"{held[reliable].mean():.0%} of {reliable.sum()}" if reliable.any() else "-"
                 print(
                     f"| {load} | {num:,} | {name} | {1 - reliable.mean():.0%} | {rest} | "
                     f"{(reliable & ~held).mean():.1%} | {held.mean():.0%} |",
                     flush=True,
                 )
+            pooled = f"{num_held / told:.1%} of {told}" if told else "-"
+            print(f"| {load} | {num:,} | *together* | | {pooled} | | |", flush=True)
 
 
 def measured(at_s: Floats, first_s: Floats, end_s: Floats, duration_s: float, tokens: int = 100) -> Measured:
@@ -77,7 +82,8 @@ def measured(at_s: Floats, first_s: Floats, end_s: Floats, duration_s: float, to
     zeros, false = np.zeros(len(at_s)), np.zeros(len(at_s), dtype=np.bool_)
     requests = Requests(
         scheduled_s=at_s, sent_s=at_s, first_token_s=first_s, last_token_s=end_s, end_s=end_s,
-        prompt_tokens=zeros + 10, output_tokens=zeros + tokens, scheduled_output_tokens=zeros + tokens,
+        prompt_tokens=zeros + 10, scheduled_prompt_tokens=zeros + 10, turns=zeros.astype(np.int64),
+        output_tokens=zeros + tokens, scheduled_output_tokens=zeros + tokens,
         ok=~false, unfinished=false, offsets_s=np.empty(0), counts=np.empty(0, np.int32),
         splits=np.zeros(len(at_s) + 1, np.int64),
     )  # fmt: skip
@@ -141,7 +147,8 @@ def print_warmup(runs: int) -> None:
                 waited, at_s = waits(rng, load, num), np.sort(rng.uniform(0, 100.0, num))
                 for index, (share, factor) in enumerate(cases):
                     first_s = at_s + slowed(waited, at_s, 100 * share, factor)
-                    seen[index] += bool(still_warming(measured(at_s, first_s, first_s + rng.gamma(5, 0.2, num), 100.0)))
+                    drawn = measured(at_s, first_s, first_s + rng.gamma(5, 0.2, num), 100.0)
+                    seen[index] += bool(still_warming(drawn, warmup_figures(drawn.window, is_cache_cold=False)))
             print(f"| {load} | {num:,} | " + " | ".join(f"{s / runs:.1%}" for s in seen) + " |", flush=True)
 
 

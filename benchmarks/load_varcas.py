@@ -64,7 +64,7 @@ def _write(result: LoadResult, path: Path) -> None:
     head = {
         "t0_s": result.t0_monotonic_s,
         "rows": rows,
-        "kernel_stamped_frac": getattr(result, "kernel_stamped_frac", None),
+        "kernel_stamped_frac": result.kernel_stamped_frac,
         "client_cpu_frac": result.client_cpu_frac,
     }
     with path.open("wb") as file:

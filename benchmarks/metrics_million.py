@@ -71,6 +71,7 @@ def simulated(num: int) -> pa.Table:
         "http_status": np.full(num, 200),
         "conversation": np.arange(num),
         "turn": np.zeros(num, np.int64),
+        "counting": pa.array(["usage"] * num),
     }
     schema = SCHEMAS["requests"]
     return pa.table([pa.array(columns[field.name]).cast(field.type) for field in schema], schema=schema)

@@ -148,7 +148,37 @@ def test_the_ratios_interval_is_welchs() -> None:
     found = agreement.compare("x", ours, theirs)
     known = stats.ttest_ind(np.log(ours), np.log(theirs), equal_var=False).confidence_interval()
     assert (found.low, found.high) == pytest.approx((math.exp(known.low), math.exp(known.high)))
-    assert not found.agrees
+    assert found.verdict == "differs"
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict"),
+    [
+        ([10.0, 10.05, 9.95, 10.0], "agrees"),
+        ([10.6, 10.65, 10.55, 10.6], "differs"),
+        ([10.0, 14.0, 7.0, 10.0], "not told"),  # such repeats show nothing
+        ([10.0], "not told"),
+    ],
+)
+def test_agreement_has_to_be_shown(ours: list[float], verdict: str) -> None:
+    assert agreement.compare("x", ours, [10.0, 10.02, 9.98, 10.0]).verdict == verdict
+
+
+def test_our_figures_of_an_agreement_are_those_of_the_metrics() -> None:
+    plan = load_clients.Plan(0.5, tuple(range(30)), ("prompt",) * 30, TOKENS)
+    moved = [replace(one, due_s=float(one.key), sent_s=one.sent_s + 0.01) for one in map(claim, range(30))]
+    ours, theirs = (run(Claims(tuple(moved)), plan) for run in (agreement.our_figures, agreement.their_figures))
+    assert (ours.num_ok, ours.send_lag_mean_ms) == (30, pytest.approx(10.0))
+    wanted = dict(zip(agreement.COMPARED, (20.0, 20.0, 20.0, 80.0, 120 / 29.09, 120 / 60), strict=True))
+    assert ours.figures == pytest.approx(wanted)
+    assert theirs.figures == pytest.approx(wanted)
+
+
+def test_a_full_run_fails_where_a_bound_was_not_measured() -> None:
+    unmeasured = load_client.bounds([row(200, 0.5)])
+    assert load_client.exit_code(unmeasured, is_partial=False) == 1
+    assert load_client.exit_code(unmeasured, is_partial=True) == 0
+    assert load_client.exit_code(load_client.bounds([row(200, 5.0)]), is_partial=True) == 1
 
 
 @pytest.mark.parametrize("mode", ["step", "free"])

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests import rows
 from varcas.columns import Measured, Requests
 from varcas.errors import InputError
+from varcas.experiment import ArrivalKind
 from varcas.intervals import t_quantile
 from varcas.metrics import MAX_EXCESS, Series, compare, constraints_of, is_good, percentile, reported, summarise
 from varcas.records import (
@@ -52,6 +53,14 @@ def good(answer: RequestRecord, slo: dict[str, float]) -> bool:
 
 def is_saturated(load: LoadResult, samples: Sequence[Sample] = ()) -> bool:
     return filling(Measured.of_load(load), samples).saturated
+
+
+NOT_CHECKED = "not cross-checked: no histograms of the server were read (`/metrics` of vLLM)"
+
+
+def warned(found: dict[str, Any]) -> list[str]:
+    """Warnings but for the one that most loads here give: no server was asked."""
+    return [text for text in found["warnings"] if text != NOT_CHECKED]
 
 
 def record(
@@ -519,7 +528,7 @@ def served(rate_rps: float, slots: int, service_s: float, duration_s: float, see
         begin_s = max(at_s, heapq.heappop(free))
         took_s = service_s * rng.uniform(0.5, 1.5)
         heapq.heappush(free, begin_s + took_s)
-        records.append(record(at_s, (begin_s + 0.1 * took_s, begin_s + took_s), owed=100))
+        records.append(record(at_s, (begin_s + 0.1 * took_s, begin_s + took_s), counts=(1, 99)))
     return load_of(records, duration_s)
 
 
@@ -564,6 +573,56 @@ def test_what_the_server_says_waits_decides_over_what_has_no_token() -> None:
     grows = [Sample(t_s=float(t), num_requests_waiting=5.0 * t) for t in range(21)]
     assert not is_saturated(load, idle)
     assert is_saturated(load, grows)
+
+
+def batched(steps: Sequence[tuple[float, float]], capacity_rps: float, seed: int) -> LoadResult:
+    """Poisson arrivals at rates that begin at given seconds, of 60 s; a prefill at a time, then 500 tokens in a batch.
+
+    What is computed in a batch slows down with it: 20 ms a token alone, 30 ms with 100.
+    """
+    rng = random.Random(seed)
+    starts = [*(second for second, _ in steps), 60.0]
+    due_s: list[float] = []
+    for (_, rate), (begin, end) in zip(steps, itertools.pairwise(starts), strict=True):
+        gaps = iter(lambda rate=rate: rng.expovariate(rate), None)  # type: ignore[misc]
+        due_s += itertools.takewhile(lambda at, end=end: at < end, itertools.accumulate(gaps, initial=begin))
+    records, free_s, ends = [], 0.0, list[float]()
+    for at_s in due_s:
+        free_s = max(free_s, at_s) + rng.uniform(0.5, 1.5) / capacity_rps
+        running = sum(end > free_s for end in ends)
+        last_s = free_s + 500 * (0.02 + 0.01 * min(running / 100, 2.0)) * rng.uniform(0.9, 1.1)
+        ends.append(last_s)
+        records.append(record(at_s, (free_s, last_s), counts=(1, 499)))
+    return load_of(records, 60.0)
+
+
+RISING = ((0.0, 2.0), (30.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "arrival", "capacity_rps", "least", "most"),
+    [
+        (RISING, "steps", 14.0, 0.0, 0.05),
+        (RISING, "trace", 14.0, 0.0, 0.05),
+        (RISING, "steps", 5.0, 0.95, 1.0),  # twice too much in the second half
+        (RISING, "trace", 5.0, 0.95, 1.0),
+        (tuple((s, 1 + s / 6) for s in range(60)), "ramp", 14.0, 0.0, 0.05),
+        (tuple((s, 1 + s / 6) for s in range(60)), "ramp", 5.0, 0.95, 1.0),
+    ],
+)
+def test_a_rate_that_rises_is_not_taken_for_a_queue(
+    steps: Sequence[tuple[float, float]], arrival: ArrivalKind, capacity_rps: float, least: float, most: float
+) -> None:
+    """Without samples what has no token waits; with them, what the server says."""
+    loads = [Measured.of_load(batched(steps, capacity_rps, seed)) for seed in range(20)]
+    assert least <= sum(filling(load, arrival=arrival).saturated for load in loads) / 20 <= most
+    sampled = [filling(load, waiting_samples(load), arrival=arrival).saturated for load in loads]
+    assert least <= sum(sampled) / 20 <= most
+
+
+def waiting_samples(load: Measured) -> list[Sample]:
+    due_s, first_s = load.requests.scheduled_s, load.requests.first_token_s
+    return [Sample(t_s=t, num_requests_waiting=float(((due_s <= t) & (first_s > t)).sum())) for t in range(61)]
 
 
 def test_a_closed_loop_is_never_saturated() -> None:
@@ -648,11 +707,59 @@ def warming(factor: float, until_s: float, seconds: float = 100.0) -> LoadResult
 
 
 def test_a_warm_up_that_is_still_visible_makes_a_measurement_invalid() -> None:
-    assert summarise(warming(1.0, 10.0), {})["invalid_reasons"] == []
-    (reason,) = summarise(warming(3.0, 10.0), {})["invalid_reasons"]
+    even = cache_samples([0.1] * 101)
+    assert summarise(warming(1.0, 10.0), {}, even)["invalid_reasons"] == []
+    (reason,) = summarise(warming(3.0, 10.0), {}, even)["invalid_reasons"]
     assert "warm-up is still visible: TTFT of the window's first tenth is 3.0 times" in reason
-    assert summarise(warming(0.3, 10.0), {})["invalid_reasons"] == []  # an empty server is faster, as it should be
-    assert summarise(warming(3.0, 10.0), {}, arrival="ramp")["invalid_reasons"] == []
+    assert summarise(warming(0.3, 10.0), {}, even)["invalid_reasons"] == []  # an empty server is faster, by rights
+    assert summarise(warming(3.0, 10.0), {}, even, arrival="ramp")["invalid_reasons"] == []
+    assert summarise(warming(3.0, 10.0), {})["invalid_reasons"] == []  # it may be the prefix cache: nobody says
+
+
+def cache_samples(hit_fracs: Sequence[float], queried: float = 1000.0) -> list[Sample]:
+    """A sample a second, between which so much of what was looked up was found."""
+    hits = itertools.accumulate((frac * queried for frac in hit_fracs), initial=0.0)
+    return [
+        Sample(t_s=second - 0.5, prefix_cache_queries=second * queried, prefix_cache_hits=found)
+        for second, found in enumerate(hits)
+    ]
+
+
+def shared_prefixes(num: int, seed: int, *, slow_s: float = 0.0) -> tuple[LoadResult, list[Sample]]:
+    """120 s at 10/s of requests with one of `num` system prompts: 250 ms to the first token at its first use, else 50.
+
+    Each first use holds up the others' answers by a step of 200 ms. Until `slow_s` all steps take twice as long.
+    """
+    rng = random.Random(seed)
+    due_s = list(itertools.takewhile(lambda at_s: at_s < 120, itertools.accumulate(
+        iter(lambda: rng.expovariate(10.0), None))))  # fmt: skip
+    prefixes = [rng.randrange(num) for _ in due_s]
+    missed_s = {due_s[prefixes.index(prefix)] for prefix in set(prefixes)}
+    records = []
+    for at_s, prefix_missed in zip(due_s, (at_s in missed_s for at_s in due_s), strict=True):
+        step_s = 0.04 if at_s < slow_s else 0.02
+        tokens_s = [at_s + rng.uniform(0.9, 1.1) * (0.25 if prefix_missed else 0.05)]
+        for _ in range(20):
+            stalls = sum(tokens_s[-1] < missed <= tokens_s[-1] + step_s for missed in missed_s)
+            tokens_s.append(tokens_s[-1] + rng.uniform(0.9, 1.1) * step_s + 0.2 * stalls)
+        records.append(record(at_s, tokens_s))
+    misses = [sum(second <= at_s < second + 1 for at_s in missed_s) for second in range(120)]
+    return load_of(records, 120.0), cache_samples([1 - min(count / 10, 1.0) for count in misses])
+
+
+@pytest.mark.parametrize("num", [30, 100])
+def test_a_cold_prefix_cache_is_no_warm_up(num: int) -> None:
+    for seed in range(4):
+        load, samples = shared_prefixes(num, seed)
+        assert summarise(load, {}, samples)["invalid_reasons"] == []
+        assert summarise(load, {})["invalid_reasons"] == []
+
+
+def test_a_warm_up_is_seen_beside_a_cold_prefix_cache() -> None:
+    for seed in range(5):
+        load, samples = shared_prefixes(30, seed, slow_s=12.0)
+        (reason,) = summarise(load, {}, samples)["invalid_reasons"]
+        assert "time per token of the window's first tenth is 2.0 times" in reason
 
 
 def throttled(frac: float) -> list[Sample]:
@@ -661,8 +768,8 @@ def throttled(frac: float) -> list[Sample]:
 
 def test_some_throttling_is_a_warning_and_much_is_a_reason() -> None:
     load = warming(1.0, 0.0, seconds=10.0)
-    assert summarise(load, {}, throttled(0.05))["warnings"] == []
-    assert summarise(load, {}, throttled(0.1))["warnings"] == ["the GPU was throttled in 10% of samples"]
+    assert warned(summarise(load, {}, throttled(0.05))) == []
+    assert warned(summarise(load, {}, throttled(0.1))) == ["the GPU was throttled in 10% of samples"]
     assert summarise(load, {}, throttled(0.1))["valid"] is True
     assert "throttled" in summarise(load, {}, throttled(0.3))["invalid_reasons"][0]
 
@@ -703,6 +810,94 @@ def test_a_disagreement_with_the_server_is_a_warning() -> None:
         f"the server counted 150 {name} values, the load 100" for name in ("ttft", "itl", "e2e")
     ]
     assert summarise(load, {}, [])["server_ttft_mean_ms"] is None
+
+
+def test_a_load_that_was_not_cross_checked_says_so() -> None:
+    load = load_of([record(i / 10, (i / 10 + 0.1, i / 10 + 0.3)) for i in range(100)])
+    before, after = server_says(0.1, 0.2, 0.3, 100)
+    assert summarise(load, {}, [before, after])["warnings"] == []
+    assert summarise(load, {}, [])["warnings"] == [NOT_CHECKED]
+    assert summarise(load, {}, [before])["warnings"] == [NOT_CHECKED]
+    idle = summarise(load, {}, [before, dataclasses.replace(before, t_s=5.0)])["warnings"]
+    assert idle == ["not cross-checked: the server's histograms counted no request"]
+
+
+def test_counters_that_fall_give_no_figure() -> None:
+    """Behind a load balancer each look may be another server's."""
+    load = load_of([record(i / 10, (i / 10 + 0.1, i / 10 + 0.3)) for i in range(100)])
+    before, after = server_says(0.1, 0.2, 0.3, 100)
+    looks = [before, after, dataclasses.replace(before, t_s=21.0)]
+    counted = zip(looks, (900.0, 40.0, 1000.0), strict=True)
+    found = summarise(load, {}, [dataclasses.replace(one, preemptions=n) for one, n in counted])
+    assert (found["server_ttft_mean_ms"], found["preemptions"]) == (None, None)
+    assert found["warnings"] == [
+        "not cross-checked: the server's counters fell: it was started anew, or several servers answer at one address"
+    ]
+
+
+# the work that was asked for
+
+
+def answered(tokens: int, owed: int, prompt_tokens: int = 10, turn: int = 0, n: int = 100) -> LoadResult:
+    """Answers of so many tokens where others were scheduled, to prompts scheduled with 10."""
+    records = []
+    for i in range(n):
+        answer = record(i / 10, [i / 10 + 0.1 + 0.01 * k for k in range(tokens)], owed=owed)
+        records.append(dataclasses.replace(answer, prompt_tokens=prompt_tokens, turn=turn))
+    return load_of(records)
+
+
+@pytest.mark.parametrize(
+    ("load", "reason", "warning"),
+    [
+        (answered(100, 100), None, None),
+        (answered(100, 101), None, None),
+        (answered(100, 103), None, "answers have 100 tokens on average, the schedule 103 (-2.9%)"),
+        (answered(30, 188), "answers have 30 tokens on average, the schedule 188 (-84.0%), bound 5%", None),
+        (answered(200, 100), "answers have 200 tokens on average, the schedule 100 (+100.0%), bound 5%", None),
+        (
+            answered(5, 5, prompt_tokens=12),
+            "prompts have 12 tokens on average, the schedule 10 (+20.0%), bound 5%",
+            None,
+        ),
+        (answered(5, 5, prompt_tokens=400, turn=1), None, None),  # its history is the server's own words
+    ],
+)
+def test_work_that_was_not_done_is_told(load: LoadResult, reason: str | None, warning: str | None) -> None:
+    found = summarise(load, {})
+    assert found["invalid_reasons"] == ([reason] if reason else [])
+    assert warned(found) == ([warning] if warning else [])
+
+
+def test_lengths_that_a_server_need_not_keep_are_a_warning() -> None:
+    found = summarise(answered(30, 188), {}, exact_lengths=False)
+    assert found["valid"] is True
+    assert warned(found) == ["answers have 30 tokens on average, the schedule 188 (-84.0%)"]
+
+
+@pytest.mark.parametrize(("num_left_out", "valid"), [(0, True), (2, True), (3, False)])
+def test_requests_that_did_not_fit_are_told(num_left_out: int, valid: bool) -> None:
+    found = summarise(dataclasses.replace(answered(5, 5), num_left_out=num_left_out), {})
+    assert found["valid"] is valid
+    told = [text for text in warned(found) + found["invalid_reasons"] if "did not fit the server's context" in text]
+    assert len(told) == (num_left_out > 0)
+
+
+def test_unfinished_requests_of_a_server_that_keeps_up_are_a_warning() -> None:
+    load = answered(5, 5)
+    cut = [dataclasses.replace(one, error="unfinished") if i % 2 else one for i, one in enumerate(load.records)]
+    (warning,) = warned(summarise(dataclasses.replace(load, records=tuple(cut)), {}))
+    assert warning == "50 of 100 requests were unfinished when the drain ended: raise max_drain_s"
+    saturated = summarise(served(20.0, 4, 1.0, 60.0, 0), {})
+    assert warned(saturated) == []
+
+
+def test_events_that_came_in_one_receive_are_told() -> None:
+    apart = [record(i / 10, (i / 10 + 0.1, i / 10 + 0.2, i / 10 + 0.3)) for i in range(100)]
+    merged = [record(i / 10, (i / 10 + 0.2, i / 10 + 0.2, i / 10 + 0.3)) for i in range(100)]
+    assert warned(summarise(load_of([*apart[:99], merged[99]]), {})) == []
+    (warning,) = warned(summarise(load_of([*apart[:50], *merged[50:]]), {}))
+    assert warning.startswith("25% of token events came in one receive with the next")
 
 
 def test_presets_are_limits_that_exist() -> None:

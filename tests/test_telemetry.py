@@ -116,6 +116,59 @@ def test_scrape_says_why_it_could_not() -> None:
         thread.join()
 
 
+@pytest.mark.parametrize("body", [b"vllm:num_requests_running \xff\xfe 1\n", b"vllm:num_requests_running many\n"])
+def test_a_page_that_is_not_of_prometheus_leaves_a_hole(body: bytes) -> None:
+    class Garbled(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Garbled) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(OSError, match="/metrics"):
+            scrape(url)
+        with Sampler(url, (), period_s=0.02) as sampler:
+            time.sleep(0.1)
+        server.shutdown()
+        thread.join()
+    assert len(sampler.samples(0.0)) >= 3
+    assert all(sample.num_requests_running is None for sample in sampler.samples(0.0))
+
+
+def test_a_sample_is_of_the_moment_that_its_scrape_ended() -> None:
+    """Else a look that the window's requests are in already could pass for one from before it."""
+    answered_s: list[float] = []
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            time.sleep(0.2)
+            answered_s.append(time.monotonic())
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Slow) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        with Sampler(f"http://127.0.0.1:{server.server_address[1]}", (), period_s=60) as sampler:
+            pass
+        server.shutdown()
+        thread.join()
+    taken_s = [sample.t_s for sample in sampler.samples(0.0)]
+    assert taken_s
+    assert all(taken >= answered for taken, answered in zip(taken_s, answered_s, strict=True))
+
+
 def test_samples_come_at_their_times(url: str) -> None:
     t0_s = time.monotonic()
     cpu_s = time.process_time()

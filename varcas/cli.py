@@ -148,6 +148,8 @@ def load(
 ) -> None:
     """Measures an endpoint that runs already. The API key is taken from VARCAS_API_KEY or OPENAI_API_KEY.
 
+    A measurement that is not to be believed is printed and kept, and exits 1.
+
     Example: `varcas load http://127.0.0.1:8000 --profile chat-medium --rate 20 --json`
     """
     from varcas.endpoint import measure
@@ -187,7 +189,9 @@ def load(
             print(f"interrupted; what was measured is in {results}", file=sys.stderr)
             raise typer.Exit(EXIT_INTERRUPTED) from None
     _print(row, as_json, load_text(row))
-    if row.state == "failed":
+    if row.valid is False:
+        print(f"not to be believed: {'; '.join(row.invalid_reasons)}", file=sys.stderr)
+    if row.state == "failed" or row.valid is False:
         raise typer.Exit(VarcasError.exit_code)
     if row.slo_met is False:
         raise typer.Exit(EXIT_NO_ANSWER)

@@ -25,6 +25,8 @@ class Requests:
     Attributes:
         scheduled_s: as the record has it; so `sent_s`, `first_token_s`, `last_token_s`, `end_s`.
         prompt_tokens: as the server counted them, else as scheduled.
+        scheduled_prompt_tokens: as the record has it; of a later turn without its history.
+        turns: place in its conversation, from 0.
         output_tokens: as the record has it; so `scheduled_output_tokens`.
         ok: the answer came whole and without an error.
         unfinished: neither whole nor failed: the drain ran out.
@@ -39,6 +41,8 @@ class Requests:
     last_token_s: Floats
     end_s: Floats
     prompt_tokens: Floats
+    scheduled_prompt_tokens: Floats
+    turns: Ints
     output_tokens: Floats
     scheduled_output_tokens: Floats
     ok: Bools
@@ -60,6 +64,8 @@ class Requests:
         return cls(
             **{name: np.array([getattr(record, name) for record in records], dtype=np.float64) for name in TIMES},
             prompt_tokens=np.array(tokens, dtype=np.float64),
+            scheduled_prompt_tokens=np.array([r.scheduled_prompt_tokens for r in records], dtype=np.float64),
+            turns=np.array([record.turn for record in records], dtype=np.int64),
             output_tokens=np.array([record.output_tokens for record in records], dtype=np.float64),
             scheduled_output_tokens=np.array([r.scheduled_output_tokens for r in records], dtype=np.float64),
             ok=ok,
@@ -94,6 +100,8 @@ class Requests:
         return cls(
             **{name: floats(name) for name in TIMES},
             prompt_tokens=np.where(np.isnan(prompts), floats("scheduled_prompt_tokens"), prompts),
+            scheduled_prompt_tokens=floats("scheduled_prompt_tokens"),
+            turns=table["turn"].to_numpy().astype(np.int64, copy=False),
             output_tokens=floats("output_tokens"),
             scheduled_output_tokens=floats("scheduled_output_tokens"),
             ok=ok,
@@ -135,6 +143,7 @@ class Measured:
         drain_s: spent after it, until the last response or `max_drain_s`.
         client_cpu_frac: as `LoadResult` has it.
         kernel_stamped_frac: as `LoadResult` has it.
+        num_left_out: as `LoadResult` has it.
     """
 
     requests: Requests
@@ -143,6 +152,7 @@ class Measured:
     drain_s: float
     client_cpu_frac: float
     kernel_stamped_frac: float = 1.0
+    num_left_out: int = 0
 
     @classmethod
     def of(
@@ -153,12 +163,13 @@ class Measured:
         drain_s: float,
         client_cpu_frac: float = 0.0,
         kernel_stamped_frac: float = 1.0,
+        num_left_out: int = 0,
     ) -> Self:
         """From columns; finds the window's requests."""
         inside = np.flatnonzero((requests.scheduled_s >= 0) & (requests.scheduled_s < duration_s))
         order = inside[np.argsort(requests.scheduled_s[inside], kind="stable")]
         window = requests.take(order)
-        return cls(requests, window, duration_s, drain_s, client_cpu_frac, kernel_stamped_frac)
+        return cls(requests, window, duration_s, drain_s, client_cpu_frac, kernel_stamped_frac, num_left_out)
 
     @classmethod
     def of_load(cls, load: LoadResult) -> Self:
@@ -169,6 +180,7 @@ class Measured:
             drain_s=load.drain_s,
             client_cpu_frac=load.client_cpu_frac,
             kernel_stamped_frac=load.kernel_stamped_frac,
+            num_left_out=load.num_left_out,
         )
 
 

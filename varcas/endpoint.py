@@ -8,21 +8,25 @@ import http.client
 import json
 import os
 import platform
+import ssl
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from pydantic import JsonValue
 
 from varcas.engine.failures import HINTS
 from varcas.engine.node import cache_dir
 from varcas.errors import InputError, TrialError
 from varcas.experiment import Workload
-from varcas.measurement import Loaded, Measurement, Progress
+from varcas.measurement import Loaded, Measurement, Progress, cut_short
 from varcas.metrics import constraints_of, summarise
-from varcas.records import MEASUREMENT_VERSION, TrialRow
+from varcas.records import MEASUREMENT_VERSION, LoadResult, RequestRecord, TrialRow
 from varcas.store import Store
 from varcas.workload.driver import Load
 from varcas.workload.schedule import check_workload, identity
@@ -32,6 +36,26 @@ ENGINE = "openai"
 KEY_VARIABLES = ("VARCAS_API_KEY", "OPENAI_API_KEY")
 ASK_TIMEOUT_S = 60.0
 STALL_TIMEOUT_S = 60.0
+MOVED = (301, 302, 303, 307, 308)
+KEY_REFUSED = (401, 403)
+BUSY = 429
+STRICT = (400, 422)
+"""What an endpoint answers to a parameter that it does not know."""
+NO_SUCH_ENDPOINT = (400, 404, 405, 422, 501)
+"""What it answers where it cannot chat, but may complete."""
+UNCOUNTED_FRAC = 0.01
+BY_ITSELF = (
+    "the endpoint takes neither `ignore_eos` nor `cache_salt`: answers end when the model ends them, and prompts may "
+    "sit in a prefix cache from an earlier load of the same seed"
+)
+
+
+class Said(NamedTuple):
+    """An answer to one request; a body that is no JSON object is an empty one."""
+
+    status: int
+    answer: dict[str, Any]
+    location: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +63,7 @@ class Served:
     """An endpoint that answered.
 
     Attributes:
-        target: where requests go.
+        target: where requests go, and whether it is strict.
         url: as given, without `/v1`.
         model: as the endpoint calls it.
         max_model_len: where it says so (vLLM does).
@@ -85,8 +109,9 @@ def measure(
         VarcasError: the load failed.
     """
     check_workload(workload, {})
-    served = connect(url, model=model, endpoint=workload.endpoint)
-    study = name or f"load-{urlsplit(served.url).netloc.replace(':', '-')}"
+    served = connect(url, model=model, endpoint=workload.endpoint, sampling=workload.sampling)
+    workload = workload.model_copy(update={"endpoint": served.endpoint})
+    study = name or f"load-{served.target.host}-{served.target.port}".replace(":", "-")
     with Store(str(results)) as store, tempfile.TemporaryDirectory(prefix="varcas-load-") as work:
         number = max((row.number for row in store.rows(study)), default=-1) + 1
         log = Path(results) / "logs" / study / f"{number:05d}-load.log"
@@ -119,31 +144,42 @@ def _run(measurement: Measurement) -> TrialError | None:
     return None
 
 
-def connect(url: str, *, model: str | None, endpoint: str = "auto") -> Served:
-    """Finds out what runs at an address.
+def connect(
+    url: str, *, model: str | None, endpoint: str = "auto", sampling: Mapping[str, JsonValue] | None = None
+) -> Served:
+    """Finds out what runs at an address, and in which form it takes what the load will send.
 
     Raises:
         InputError: with what was asked, what came back, and what to do.
     """
     target = _target(url)
-    models = _models(target, url)
+    models = _models(target, url, model)
     found = next((entry for entry in models if model in (None, entry["id"])), None)
     if found is None or (model is None and len(models) > 1):
         names = ", ".join(entry["id"] for entry in models) or "none"
         raise InputError(f"--model: {model!r}: {url} serves {names}. Give one of these.")
     target = replace(target, model=found["id"])
-    status, answer = _ask(target, "GET", "/version")
+    version = _ask(target, "GET", "/version").answer.get("version")
+    max_model_len = found.get("max_model_len")
+    target, decided = _decide(target, endpoint, sampling or {}, url)
     return Served(
         target=target,
         url=url.rstrip("/").removesuffix("/v1"),
         model=found["id"],
-        max_model_len=found.get("max_model_len"),
-        version=answer.get("version") if status == http.client.OK else None,
-        endpoint=_decide(target, endpoint, url),
+        max_model_len=max_model_len if isinstance(max_model_len, int) else None,
+        version=version if isinstance(version, str) else None,
+        endpoint=decided,
     )
 
 
 def _target(url: str) -> Target:
+    if any(sign in url for sign in "@?#"):
+        raise InputError(
+            "URL: holds a user name, a query or a fragment, which would be stored with the results. Write "
+            f"http://HOST:PORT or https://HOST/BASE, and put the key into {KEY_VARIABLES[0]}."
+        )
+    if not _is_visible(url):
+        raise InputError("URL: holds a space or another character that no URL has. Write http://HOST:PORT.")
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"URL: {url!r}: write http://HOST:PORT or https://HOST, e.g. http://127.0.0.1:8000.")
@@ -151,61 +187,109 @@ def _target(url: str) -> Target:
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise InputError(f"URL: {url!r}: {error}. Write http://HOST:PORT.") from error
-    key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
     base = parts.path.rstrip("/").removesuffix("/v1")
-    return Target(parts.hostname, port, "", key, tls=parts.scheme == "https", base=base)
+    return Target(parts.hostname, port, "", _key(), tls=parts.scheme == "https", base=base)
 
 
-def _models(target: Target, url: str) -> list[dict[str, Any]]:
-    status, answer = _ask(target, "GET", "/v1/models")
-    if status in (http.client.UNAUTHORIZED, http.client.FORBIDDEN):
-        raise InputError(f"URL: {url}: refuses the key ({status}). Set {' or '.join(KEY_VARIABLES)}.")
-    entries = answer.get("data")
-    if status != http.client.OK or not isinstance(entries, list):
-        raise InputError(f"URL: {url}: /v1/models answered {status}: this is no OpenAI-compatible endpoint.")
-    return [entry for entry in entries if isinstance(entry, dict) and "id" in entry]
+def _key() -> str | None:
+    name = next((name for name in KEY_VARIABLES if os.environ.get(name)), None)
+    if name is None:
+        return None
+    if not _is_visible(os.environ[name]):
+        raise InputError(f"{name}: holds a space, a line break or another character that no key has. Set it again.")
+    return os.environ[name]
 
 
-def _decide(target: Target, asked: str, url: str) -> Endpoint:
-    """Chat when the endpoint can chat and that was not ruled out."""
-    said = ""
+def _is_visible(text: str) -> bool:
+    return all("!" <= letter <= "~" for letter in text)
+
+
+def _models(target: Target, url: str, model: str | None) -> list[dict[str, Any]]:
+    """What `/v1/models` lists; the model that was named where there is no such list."""
+    said = _ask(target, "GET", "/v1/models")
+    _check_usable(said, "/v1/models", url)
+    entries = said.answer.get("data")
+    if said.status == http.client.OK and isinstance(entries, list):
+        return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+    if said.status == http.client.NOT_FOUND and model is not None:
+        return [{"id": model}]
+    raise InputError(
+        f"URL: {url}: /v1/models answered {said.status}: this is no OpenAI-compatible endpoint, or its URL is another, "
+        "or it lists no models: then give --model."
+    )
+
+
+def _decide(target: Target, asked: str, sampling: Mapping[str, JsonValue], url: str) -> tuple[Target, Endpoint]:
+    """Chat when the endpoint can chat and that was not ruled out; strict when it takes nothing that is vLLM's own."""
+    found = []
     for endpoint in PATHS:
         if asked not in ("auto", endpoint):
             continue
-        body = completion_body(endpoint, target.model, "Hello", 1, cache_salt=None, sampling={})
-        status, answer = _ask(target, "POST", PATHS[endpoint], body | {"stream": False, "stream_options": None})
-        if status == http.client.OK:
-            return endpoint
-        said = f"{PATHS[endpoint]} answered {status}: {json.dumps(answer)[:200]}"
-    raise InputError(f"URL: {url}: takes no request for {target.model!r}: {said}. Try another --model or --endpoint.")
+        for strict in (False, True):
+            taker = replace(target, strict=strict)
+            body = completion_body(endpoint, taker, "Hello", 1, cache_salt=uuid.uuid4().hex, sampling=sampling)
+            said = _ask(taker, "POST", PATHS[endpoint], body)
+            if said.status == http.client.OK:
+                return taker, endpoint
+            if said.status not in STRICT:
+                break
+        _check_usable(said, PATHS[endpoint], url)
+        found.append(f"{PATHS[endpoint]} answered {said.status}: {json.dumps(said.answer)[:200]}")
+        if said.status not in NO_SUCH_ENDPOINT:
+            break
+    raise InputError(
+        f"URL: {url}: takes no request for {target.model!r}: {'; '.join(found)}. Try another --model or --endpoint."
+    )
 
 
-def _ask(target: Target, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-    """One request on a connection of its own; an answer that is no JSON object is an empty one.
+def _check_usable(said: Said, path: str, url: str) -> None:
+    """Says what to do about an answer that every request would get.
+
+    Raises:
+        InputError: it is one.
+    """
+    if said.status in KEY_REFUSED:
+        raise InputError(f"URL: {url}: {path} refuses the key ({said.status}). Set {' or '.join(KEY_VARIABLES)}.")
+    if said.status == BUSY:
+        raise InputError(f"URL: {url}: {path} answered 429: it is busy, or your quota is spent. Try later.")
+    if said.status in MOVED:
+        raise InputError(f"URL: {url}: {path} answered {said.status}: it is at {said.location} now. Give that address.")
+
+
+def _ask(target: Target, method: str, path: str, body: Mapping[str, Any] | None = None) -> Said:
+    """One request on a connection of its own.
 
     Raises:
         InputError: nobody answers.
     """
+    where = f"URL: {'https' if target.tls else 'http'}://{target.host}:{target.port}"
     connection = (
         http.client.HTTPSConnection(target.host, target.port, timeout=ASK_TIMEOUT_S)
         if target.tls
         else http.client.HTTPConnection(target.host, target.port, timeout=ASK_TIMEOUT_S)
     )
     try:
-        data = None if body is None else json.dumps({k: v for k, v in body.items() if v is not None}).encode()
+        data = None if body is None else json.dumps(body).encode()
         connection.request(method, f"{target.base}{path}", data, target.headers)
         response = connection.getresponse()
-        answer = json.loads(response.read() or b"{}")
-        return response.status, answer if isinstance(answer, dict) else {}
-    except ValueError:
-        return response.status, {}
-    except (OSError, http.client.HTTPException) as error:
-        scheme = "https" if target.tls else "http"
+        return Said(response.status, _object(response.read()), response.headers.get("location"))
+    except ssl.SSLCertVerificationError as error:
         raise InputError(
-            f"URL: {scheme}://{target.host}:{target.port}: nobody answers ({error}). Is it up, and the port right?"
+            f"{where}: its certificate does not hold ({error.verify_message}). SSL_CERT_FILE names the authorities "
+            "that are trusted."
         ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f"{where}: nobody answers ({error}). Is it up, and the port right?") from error
     finally:
         connection.close()
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _loaded(served: Served) -> Loaded:
@@ -232,11 +316,18 @@ def _row(
     log: str,
 ) -> TrialRow:
     """The same columns as a trial's; what only the owner of a server knows is null."""
-    key = _hash(served.url, served.model, served.version, identity(workload), MEASUREMENT_VERSION)
+    strict = served.target.strict
+    key = _hash(served.url, served.model, served.version, identity(workload), strict, MEASUREMENT_VERSION)
     load = measurement.load
-    measured: dict[str, Any] = summarise(load, slo, measurement.samples, arrival=workload.arrives.kind) if load else {}
+    measured: dict[str, Any] = {}
+    if load:
+        exact_lengths = served.version is not None and not strict  # vLLM takes `ignore_eos`; others need not
+        measured = summarise(load, slo, measurement.samples, arrival=workload.arrives.kind, exact_lengths=exact_lengths)
     if load and not failure:
         measured |= constraints_of(load, slo)
+    if load and failure and failure.kind == "interrupted":
+        measured |= {"valid": False, "invalid_reasons": [cut_short(load, workload.duration_s)]}
+    measured["warnings"] = [*measured.get("warnings", ()), *_warnings(served, load)]
     named: dict[str, Any] = {
         "trial_id": _hash(key, study, number),
         "trial_key": key,
@@ -267,6 +358,23 @@ def _row(
         "log_path": log,
     }
     return TrialRow(**(named | measured))
+
+
+def _warnings(served: Served, load: LoadResult | None) -> list[str]:
+    """What is odd about a measurement of an endpoint, beyond what is odd about any."""
+    found = [BY_ITSELF if served.target.strict else None, _uncounted(load.records if load else ())]
+    return [text for text in found if text]
+
+
+def _uncounted(records: Sequence[RequestRecord]) -> str | None:
+    completed = [record for record in records if record.ok]
+    uncounted = sum(record.counting == "events" for record in completed)
+    if uncounted <= UNCOUNTED_FRAC * len(completed):
+        return None
+    return (
+        f"{uncounted} of {len(completed)} answers came without a `usage`: their tokens are held to be one an event, "
+        "which undercounts where an event bears several"
+    )
 
 
 def _hash(*parts: object) -> str:

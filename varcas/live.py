@@ -278,6 +278,8 @@ class Watch(_Shown):
             print(text, file=sys.stderr, flush=True)
 
     def _text(self, progress: LoadProgress, passed_s: float) -> str:
+        if progress.stream == "prompts":
+            return "making prompts to length"
         whole_s = self._workload.warmup_s if progress.stream == "warmup" else self._workload.duration_s
         stage = "draining" if passed_s > whole_s else f"{passed_s:.0f} of {whole_s:g} s"
         flight = progress.sent - progress.done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -55,7 +56,7 @@ class Progress:
     """How far a load is.
 
     Attributes:
-        stream: `warmup` or `measure`.
+        stream: `prompts` while they are made to length, `warmup`, or `measure`.
         sent: requests sent so far.
         done: of these, ended.
     """
@@ -83,13 +84,16 @@ class Measurement:
         """Warms up, and measures.
 
         Raises:
-            TrialError: the server died, hangs, failed every request, or the run was asked to stop.
+            TrialError: the server died, hangs, failed every request of the warm-up or of the window, or the run was
+                asked to stop.
             VarcasError: the load could not be run.
         """
         began_s = time.monotonic()
         try:
             if self._workload.warmup_s:
-                self._run("warmup", self._workload.warmup_s, WARMUP_DRAIN_S)
+                warmed = self._run("warmup", self._workload.warmup_s, WARMUP_DRAIN_S)
+                if warmed.records:
+                    _check_not_all_failed(warmed, "warm-up: ")
                 self._wait_idle()
             with telemetry.Sampler(self._server.url, self._server.gpus) as sampler:
                 try:
@@ -104,8 +108,7 @@ class Measurement:
             raise TrialError(
                 "all_requests_failed", f"no request came due in {self._workload.duration_s:g} s: lengthen it"
             )
-        if all(record.error not in (None, "unfinished") for record in result.records):
-            raise TrialError("all_requests_failed", _commonest_error(result.records))
+        _check_not_all_failed(result)
         return result
 
     def _book(self, sampler: telemetry.Sampler, began_s: float) -> None:
@@ -120,6 +123,7 @@ class Measurement:
         """One load, of which the server must have lived to see the end."""
         server, workload = self._server, self._workload
         requests = schedule(workload, start_s=0.0, duration_s=duration_s, max_len=server.max_model_len, stream=stream)
+        self._on_progress(Progress("prompts", 0, 0))
         fitted = fit_prompts(server.target, requests, endpoint=server.endpoint, cache_dir=self._prompts)
         run = functools.partial(
             self._process.run,
@@ -135,19 +139,19 @@ class Measurement:
             alive=server.alive,
             on_progress=lambda sent, done: self._on_progress(Progress(stream, sent, done)),
         )
-        result = self._kept(run) if stream == "measure" else run()
+        result = self._kept(run, len(requests) - len(fitted)) if stream == "measure" else run()
         if self._cancelled.is_set():
             raise TrialError("interrupted", f"asked to stop during the {stream} load")
         if not server.alive():
             raise server.failure()
         return result
 
-    def _kept(self, run: Callable[[], LoadResult]) -> LoadResult:
+    def _kept(self, run: Callable[[], LoadResult], num_left_out: int) -> LoadResult:
         """Runs a load and keeps what it measured, however it ended."""
         try:
-            result = run()
+            result = dataclasses.replace(run(), num_left_out=num_left_out)
         except StalledError as stalled:
-            self.load = stalled.load
+            self.load = dataclasses.replace(stalled.load, num_left_out=num_left_out)
             raise
         if result.duration_s > 0:  # else it was stopped before its window
             self.load = result
@@ -162,6 +166,23 @@ class Measurement:
                 if not seen.get("num_requests_running") and not seen.get("num_requests_waiting"):
                     return
             self._cancelled.wait(0.1)
+
+
+def cut_short(load: LoadResult, asked_s: float) -> str:
+    """Why what an interrupted load measured is not to be believed."""
+    if load.duration_s < asked_s:
+        return f"interrupted after {load.duration_s:.1f} of {asked_s:g} s"
+    return "interrupted while the last requests were answered"
+
+
+def _check_not_all_failed(load: LoadResult, stage: str = "") -> None:
+    """One good answer is enough, or one that was not waited for.
+
+    Raises:
+        TrialError: there is none.
+    """
+    if all(record.error not in (None, "unfinished") for record in load.records):
+        raise TrialError("all_requests_failed", stage + _commonest_error(load.records))
 
 
 def _commonest_error(records: tuple[RequestRecord, ...]) -> str:

@@ -18,8 +18,16 @@ from varcas.columns import Bools, Floats, Ints, Measured, Requests, token_events
 from varcas.experiment import ArrivalKind
 from varcas.intervals import Interval, mean_interval, nearest_rank, quantile_interval, rate_interval, t_quantile
 from varcas.records import LATENCIES, SENT_STATISTICS, STATISTICS, LoadResult, Sample
-from varcas.saturation import Filling, filling
-from varcas.validity import growth, invalid_reasons, server_columns, still_warming, warnings_of
+from varcas.saturation import STEADY_ARRIVALS, Filling, filling
+from varcas.validity import (
+    growth,
+    invalid_reasons,
+    is_cache_cold,
+    server_columns,
+    still_warming,
+    warnings_of,
+    work_not_done,
+)
 
 PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
 """Statistic to its rank in thousandths: integers, so that no rank depends on a rounding error."""
@@ -31,9 +39,6 @@ MAX_EXCESS = 100.0
 """Largest value of a constraint: an infinite latency is 101 times its limit, and Optuna's sums stay finite."""
 
 MIN_STARTS = 3
-STEADY_ARRIVALS = ("poisson", "constant", "gamma")
-"""Only under these does a slow beginning speak of a warm-up: others change their rate, or begin with a burst."""
-
 Verdict = Literal["better", "worse", "inconclusive"]
 
 
@@ -178,6 +183,7 @@ def summarise(
     samples: Sequence[Sample] = (),
     *,
     arrival: ArrivalKind = "poisson",
+    exact_lengths: bool = True,
 ) -> dict[str, Any]:
     """The metric columns of `TrialRow` for one load; `constraints_of` gives those of the SLO.
 
@@ -186,10 +192,11 @@ def summarise(
         slo: metric name to its limit in ms; decides goodput.
         samples: on the records' clock (`t_s` from the start of the window).
         arrival: how requests came: a closed loop is never saturated, and only steady arrivals show a warm-up.
+        exact_lengths: the server takes what makes lengths exact (`ignore_eos`); else other lengths are but a warning.
     """
     measured = _measured(load)
     ordered = sorted(samples, key=lambda sample: sample.t_s)
-    filled = filling(measured, ordered, closed=arrival == "closed")
+    filled = filling(measured, ordered, arrival=arrival)
     columns = _Columns()
     _add_latencies(columns, measured.window)
     _add_rates(columns, measured, slo, filled)
@@ -198,10 +205,12 @@ def summarise(
     columns.values |= {
         "duration_s": float(measured.duration_s), "saturated": filled.saturated, "ramp_s": filled.ramp_s,
     }  # fmt: skip
-    reasons = invalid_reasons(columns.values)
+    undone = work_not_done(measured, exact_lengths=exact_lengths)
+    reasons = invalid_reasons(columns.values) + [text for text, is_reason in undone if is_reason]
     if arrival in STEADY_ARRIVALS and not filled.saturated:
-        reasons += still_warming(measured)
-    warnings = warnings_of(columns.values, measured, ordered)
+        is_cold = is_cache_cold(ordered, measured.duration_s)
+        reasons += still_warming(measured, warmup_figures(measured.window, is_cache_cold=is_cold))
+    warnings = [text for text, is_reason in undone if not is_reason] + warnings_of(columns.values, measured, ordered)
     return columns.all() | {"valid": not reasons, "invalid_reasons": reasons, "warnings": warnings}
 
 
@@ -273,6 +282,35 @@ def _client(measured: Measured) -> dict[str, Any]:
         "send_lag_p99_ms": percentile(lags, PERMILLE["p99"]) if len(lags) else None,
         "client_cpu_frac": float(measured.client_cpu_frac),
     }
+
+
+def warmup_figures(window: Requests, *, is_cache_cold: bool) -> dict[str, Floats]:
+    """What is slower at first on a server that is not ready, of each request.
+
+    While a prefix cache fills, TTFT is slower by rights, and so are the gaps in which others' prompts are computed, but
+    not half of an answer's gaps.
+    """
+    if is_cache_cold:
+        return {"time per token": _median_gaps_ms(window)}
+    return {"TTFT": _since(window, window.first_token_s, window.scheduled_s), "time per token": tpot_ms(window)}
+
+
+def _median_gaps_ms(window: Requests) -> Floats:
+    """Median gap of each good answer (the lower one of two), to a billionth of the longest; NaN without a gap above 0.
+
+    One sort of all gaps, each a fraction behind its request's number: four times as fast as `np.lexsort`.
+    """
+    series = gaps_ms(window)
+    assert series.sizes is not None
+    sizes, came = series.sizes, np.isfinite(series.values)
+    scale_ms = 2.0 * max(float(series.values[came].max(initial=0.0)), 1e-9)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    keys = np.sort(owners + np.where(came, series.values / scale_ms, 0.0))
+    has = window.ok & (sizes > 0)
+    own = np.full(len(sizes), math.nan)
+    middle = (np.cumsum(sizes) - sizes + (sizes - 1) // 2)[has]
+    own[has] = (keys[middle] - np.flatnonzero(has)) * scale_ms
+    return np.where(own > 1e-6 * scale_ms, own, math.nan)
 
 
 # SLO

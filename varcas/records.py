@@ -113,6 +113,7 @@ class RequestRecord:
         http_status: of the response; None when there was none.
         conversation: as scheduled.
         turn: as scheduled.
+        counting: what told the tokens of each event, as `wire.Answer` has it; `events` when the server counted none.
     """
 
     index: int
@@ -132,6 +133,7 @@ class RequestRecord:
     http_status: int | None
     conversation: int
     turn: int
+    counting: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -178,6 +180,7 @@ class LoadResult:
         client_cpu_frac: CPU seconds of the busiest load process over the window, per second (1.0 is one core full).
         clients: load processes.
         kernel_stamped_frac: share of receives whose time is the kernel's stamp; the others' is the client's own.
+        num_left_out: requests of the schedule that the server's context did not hold, and that were never sent.
     """
 
     records: tuple[RequestRecord, ...]
@@ -187,6 +190,7 @@ class LoadResult:
     client_cpu_frac: float
     clients: int = 1
     kernel_stamped_frac: float = 1.0
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)

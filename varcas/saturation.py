@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from varcas.columns import Bools, Floats, Measured, Requests
+from varcas.experiment import ArrivalKind
 from varcas.records import Sample
 
 FIRST_REQUESTS = 10
@@ -16,6 +17,9 @@ FIRST_REQUESTS = 10
 
 DRIFT_SIGMAS = 1.5
 """Growth in flight over its standard deviation at a load of exactly 1; there chance gives so much in 7 %."""
+
+STEADY_ARRIVALS = ("poisson", "constant", "gamma")
+"""Under these the rate does not change: more in flight, or slower answers, are not the load's own doing."""
 
 MIN_ARRIVED = 10
 BACKLOG_MIN_FRAC = 0.05
@@ -41,17 +45,18 @@ class Filling:
     saturated: bool
 
 
-def filling(measured: Measured, samples: Sequence[Sample] = (), *, closed: bool = False) -> Filling:
+def filling(measured: Measured, samples: Sequence[Sample] = (), *, arrival: ArrivalKind = "poisson") -> Filling:
     """Reads it from arrivals, ends, waiting times and samples.
 
     Args:
         measured: the load.
         samples: of the server, on the load's clock; without them, what has no first token yet is what waits.
-        closed: each user waits for an answer before the next question: such a load cannot outrun the server.
+        arrival: how requests came. Users of a closed loop wait for their answers: they cannot outrun the server. Where
+            the rate changes by itself, only what waits tells.
     """
     ramp_s = _ramp_s(measured)
     steady_s = measured.duration_s / 2 if ramp_s is None else ramp_s
-    return Filling(ramp_s, steady_s, not closed and _falls_behind(measured, samples, steady_s))
+    return Filling(ramp_s, steady_s, arrival != "closed" and _falls_behind(measured, samples, steady_s, arrival))
 
 
 def _ramp_s(measured: Measured) -> float | None:
@@ -63,8 +68,11 @@ def _ramp_s(measured: Measured) -> float | None:
     return ramp_s if ramp_s <= measured.duration_s / 2 else None
 
 
-def _falls_behind(measured: Measured, samples: Sequence[Sample], from_s: float) -> bool:
-    """More arrives than ends, beyond chance, and either more and more wait, or answers slow down."""
+def _falls_behind(measured: Measured, samples: Sequence[Sample], from_s: float, arrival: ArrivalKind) -> bool:
+    """More arrives than ends, beyond chance, and either more and more wait, or answers slow down.
+
+    Where the rate rises, more are in flight and in a batch by rights: then those that wait must be beyond chance.
+    """
     requests, to_s = measured.requests, measured.duration_s
     arrived = int(np.count_nonzero((requests.scheduled_s >= from_s) & (requests.scheduled_s < to_s)))
     ended = int(np.count_nonzero((requests.end_s >= from_s) & (requests.end_s < to_s)))
@@ -73,9 +81,13 @@ def _falls_behind(measured: Measured, samples: Sequence[Sample], from_s: float) 
     growth = arrived - ended
     gaps, lengths = _dispersion(np.diff(measured.window.scheduled_s)), _dispersion(requests.scheduled_output_tokens)
     noise = DRIFT_SIGMAS * math.sqrt(arrived * gaps + ended * lengths)
-    if growth <= max(noise, BACKLOG_MIN_FRAC * arrived):
+    chance = max(noise, BACKLOG_MIN_FRAC * arrived)
+    if growth <= chance:
         return False
-    return _waiting_growth(requests, samples, from_s, to_s) >= WAITING_MIN_FRAC * growth or _slows_down(measured)
+    waiting = _waiting_growth(requests, samples, from_s, to_s)
+    if arrival not in STEADY_ARRIVALS:
+        return waiting > chance
+    return waiting >= WAITING_MIN_FRAC * growth or _slows_down(measured)
 
 
 def _dispersion(values: Floats) -> float:

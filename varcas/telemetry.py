@@ -65,7 +65,7 @@ def scrape(url: str, timeout_s: float = SCRAPE_TIMEOUT_S) -> dict[str, float]:
         Fields of `Sample` to their values: sums over the server's engines, of the cache's use the largest.
 
     Raises:
-        OSError: no answer, or one that is not 200.
+        OSError: no answer, one that is not 200, or no text of Prometheus.
     """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=timeout_s)
@@ -75,7 +75,7 @@ def scrape(url: str, timeout_s: float = SCRAPE_TIMEOUT_S) -> dict[str, float]:
         if response.status != http.client.OK:
             raise OSError(f"{url}/metrics: status {response.status}")
         return parse_metrics(response.read().decode())
-    except http.client.HTTPException as error:
+    except (http.client.HTTPException, ValueError) as error:
         raise OSError(f"{url}/metrics: {error!r}") from error
     finally:
         connection.close()
@@ -129,18 +129,19 @@ class Sampler:
     def _run(self) -> None:
         due_s = time.monotonic()
         while True:
-            self._taken.append((time.monotonic(), self._look()))
+            seen = self._look()
+            self._taken.append((time.monotonic(), seen))  # stamped after: a scrape may take `SCRAPE_TIMEOUT_S`
             if self._stopped.is_set():
                 return
             due_s = max(due_s + self._period_s, time.monotonic())
             self._stopped.wait(due_s - time.monotonic())
 
     def _look(self) -> dict[str, Any]:
-        values: dict[str, Any] = _of_gpus([hardware.state_of(gpu) for gpu in self._gpus])
+        values: dict[str, Any] = {}
         if self._url is not None:
             with contextlib.suppress(OSError):  # it died, or is too busy: the sample has no fields of the server
                 values |= scrape(self._url)
-        return values
+        return values | _of_gpus([hardware.state_of(gpu) for gpu in self._gpus])
 
 
 def _of_gpus(states: Sequence[GpuState]) -> dict[str, Any]:

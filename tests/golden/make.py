@@ -85,6 +85,7 @@ def request(index: int, **fields: object) -> RequestRecord:
         "http_status": 200,
         "conversation": index,
         "turn": 0,
+        "counting": "text",
     }
     return RequestRecord(**(fixed | fields))  # type: ignore[arg-type]
 
@@ -101,6 +102,7 @@ NEVER_SENT = {
     "finish_reason": None,
     "error": "connection refused",
     "http_status": None,
+    "counting": None,
 }
 SAMPLES = [
     Sample(t_s=-1.0),

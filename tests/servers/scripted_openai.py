@@ -37,6 +37,13 @@ NO_TEMPLATE = (
     "As of transformers v4.44, default chat template is no longer allowed, so you must provide a chat template "
     "if the tokenizer does not define one."
 )
+OPENAI = {
+    "model", "messages", "prompt", "max_tokens", "temperature", "top_p", "presence_penalty", "frequency_penalty",
+    "stream", "stream_options", "seed", "stop",
+}  # fmt: skip
+"""Of OpenAI's parameters those that anybody here sends."""
+OURS = ("/version", "/metrics", "/tokenize", "/v1/models")
+"""Paths that other endpoints than vLLM's often have not."""
 ENGINE_CORE = """
 import signal, sys, time
 from multiprocessing import resource_tracker, shared_memory
@@ -109,6 +116,9 @@ FAULTS: dict[str, Callable[[bytes, list[bytes]], list[bytes | None]]] = {
     "bad_chunk": lambda head, chunks: [head, *chunks[:3], b"zz\r\n"],
     "truncated_json": lambda head, chunks: [head, _chunk(b'data: {"choices": [{"ind\n\n'), *chunks],
     "stream_error": lambda head, chunks: [head, _chunk(b'data: {"error": {"message": "EngineDead"}}\n\n'), *chunks],
+    "odd_usage": lambda head, chunks: [head, _chunk(b'data: {"usage": {"completion_tokens": "6"}}\n\n'), *chunks],
+    "odd_status": lambda head, chunks: [b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n"],
+    "odd_length": lambda head, chunks: [b"HTTP/1.1 200 OK\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n"],
     "no_finish": lambda head, chunks: [head, *(chunk.replace(b'"length"', b"    null") for chunk in chunks)],
     "stall": lambda head, chunks: [head, *chunks[:3]],
     "hang": lambda head, chunks: [],
@@ -232,6 +242,8 @@ class Engine:
         """
         if chat and self.options.refuse_chat:
             raise Refused(HTTPStatus.BAD_REQUEST, NO_TEMPLATE)
+        if self.options.strict and (unknown := set(body) - OPENAI):
+            raise Refused(HTTPStatus.BAD_REQUEST, f"Unrecognized request arguments supplied: {sorted(unknown)}")
         if body.get("model", self.model) != self.model:
             raise Refused(HTTPStatus.NOT_FOUND, f"The model `{body['model']}` does not exist.", "model")
         words = tokenize(body)
@@ -401,6 +413,9 @@ class Client:
         """Sends what one request asks for."""
         if request.path.startswith("/v1") and not authorized(request):
             self.send_json({"error": "Unauthorized"}, HTTPStatus.UNAUTHORIZED)
+            return
+        if self.options.strict and request.path in OURS:
+            self.send_json({"detail": "Not Found"}, HTTPStatus.NOT_FOUND)
             return
         match request.method, request.path:
             case "GET", "/health":
@@ -627,6 +642,7 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fail-requests-frac", type=float, default=0.0, help="this share gets a 500, evenly spread")
     parser.add_argument("--faults", action="store_true", help="obey `fault:KIND` in prompts")
     parser.add_argument("--refuse-chat", action="store_true", help="as a model without a chat template")
+    parser.add_argument("--strict", action="store_true", help="take OpenAI's parameters alone, and list no models")
     parser.add_argument("--print", dest="text", help="to stderr, at the start")
     parser.add_argument("--exit", dest="status", type=int, help="exit so instead of listening")
     parser.add_argument("--stamps", help="append a JSON line per completion: when it came, and each send")

@@ -18,10 +18,10 @@ import pytest
 from tests.servers.scripted_openai import FAULTS, WIRES
 from tests.workload.conftest import Raw, Server, StartServer
 from tests.workload.test_load import asked, errors, every, run
-from tests.workload.test_wire import DONE, ROLE, response, token
+from tests.workload.test_wire import DONE, ROLE, error_kind, response, token
 from varcas.records import Prompted
 from varcas.workload.driver import Load
-from varcas.workload.wire import Target, error_kind
+from varcas.workload.wire import Target
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -36,6 +36,9 @@ KINDS = {
     "bad_chunk": "broken response: chunk size ",
     "truncated_json": "broken event: ",
     "stream_error": "stream: EngineDead",
+    "odd_usage": "broken event: ",
+    "odd_status": "broken response: not HTTP: ",
+    "odd_length": "broken response: content-length 9999",
     "no_finish": "no finish_reason after 6 tokens",
     "stall": "unfinished",
     "hang": "unfinished",
@@ -45,8 +48,8 @@ KINDS = {
     "not_streamed": "broken response: application/json is no event stream",
 }
 STATUS = {"http_400": 400, "http_502": 502, "http_503": 503}
-NO_HEAD = {"hang", "reset_before", "close_before", "close_in_head", "garbage"}
-ALL_TOKENS = {"no_finish", "truncated_json", "stream_error"}
+NO_HEAD = {"hang", "reset_before", "close_before", "close_in_head", "garbage", "odd_status"}
+ALL_TOKENS = {"no_finish", "odd_usage", "truncated_json", "stream_error"}
 
 
 def test_each_fault_has_its_error_and_touches_no_other_request(load: Load, start_server: StartServer) -> None:
@@ -184,6 +187,33 @@ def test_tls_is_read_alike_and_stamped_by_the_kernel_too(
             assert record.sent_s is None
 
 
+class Distant(Secure):
+    """A server to which a connection takes long, and which takes long to answer."""
+
+    def serve(self, connection: socket.socket) -> None:
+        time.sleep(0.2)
+        super().serve(connection)
+
+    def read(self, connection: socket.socket) -> bool:
+        found = super().read(connection)
+        time.sleep(0.6)
+        return found
+
+
+def test_requests_go_out_on_time_to_a_server_that_is_far_away(
+    certificates: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each needs a connection of its own, and all of these are open before the window."""
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates[0]))
+    server = Distant(*certificates)
+    server.scripts = [[WHOLE]]
+    target = Target("localhost", server.target.port, "m", tls=True)
+    with server.socket, Load.start(tmp_path / "load.log", tmp_path / "load") as load:
+        result = run(load, target, every(0.01, 48))
+    assert errors(result) == {None}
+    assert max((record.sent_s or 9.0) - record.scheduled_s for record in result.records) < 0.15
+
+
 def test_a_certificate_that_nobody_vouches_for_is_refused(load: Load, secure: Secure) -> None:
     secure.scripts = [[WHOLE]]
     target = Target("localhost", secure.target.port, "m", tls=True)
@@ -223,15 +253,17 @@ from varcas.errors import VarcasError
 from varcas.workload.driver import Load
 from varcas.workload.wire import Target
 with Load.start(Path({str(tmp_path)!r}) / "log", Path({str(tmp_path)!r}) / "load") as load:
-    for num in (100, 1000):
+    for gap_s, num in ((0.0, 100), (0.1, 1000), (0.0, 1000)):
         try:
-            print(len(run(load, Target("127.0.0.1", 9, "m"), every(0.0, num), duration_s=0.1).records))
+            requests, target = every(gap_s, num), Target("127.0.0.1", 9, "m")
+            print(len(run(load, target, requests, duration_s=0.1, max_drain_s=0.1).records))
         except VarcasError as error:
             print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "100",
+        "1000",
         "the load may need 1128 open files in one process, and 300 are allowed: raise the hard limit "
         "(`ulimit -Hn 1128` as root), or spread it over more load processes",
     ]

@@ -4,7 +4,7 @@ import gc
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from varcas.workload.wire import (
     ERROR_KINDS,
     PAUSE_EVERY,
+    VLLM_ALONE,
     Answer,
     Asking,
     Response,
@@ -21,9 +22,9 @@ from varcas.workload.wire import (
     asked_options,
     body_bytes,
     completion_body,
-    error_kind,
     parse,
     said,
+    scale_unfinished,
 )
 
 HEAD = b"HTTP/1.1 200 OK\r\ndate: x\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -85,6 +86,11 @@ def response(events: Sequence[bytes], framing: str = "chunked", merge: int = 1) 
 def cut(raw: bytes, cuts: Sequence[int]) -> list[bytes]:
     bounds = [0, *sorted({at for at in cuts if 0 < at < len(raw)}), len(raw)]
     return [raw[a:b] for a, b in itertools.pairwise(bounds)]
+
+
+def error_kind(error: str) -> str:
+    """Which of `ERROR_KINDS` an error is."""
+    return next(kind for kind in ERROR_KINDS if error.startswith(kind))
 
 
 def fed(pieces: Sequence[bytes], closed: bool = True) -> Response:
@@ -276,6 +282,55 @@ def test_tokens_that_have_no_text_at_all_came_with_the_end() -> None:
     assert (list(answer.counts), len(answer.times), answer.error) == ([6], 1, None)
 
 
+def test_how_tokens_were_counted_is_told_also_where_they_were_not() -> None:
+    ended = [event({"text": "a"}), event({"text": "b", "finish_reason": "length"})]
+    assert read([response([*ended, DONE])[0]]).counting == "events"
+    assert read([response([*ended, event(usage=USAGE), DONE])[0]]).counting == "text"
+
+
+def test_answers_that_broke_off_have_as_many_tokens_an_event_as_whole_ones() -> None:
+    """As with speculative decoding: three tokens an event, here."""
+    texts = [event({"text": "abc"}) for _ in range(4)]
+    end = [event({"text": "", "finish_reason": "length"}), event(usage=USAGE | {"completion_tokens": 12}), DONE]
+    whole, broken = read([response([*texts, *end])[0]]), read([response(texts[:3], "close")[0]])
+    uncounted, plain = read([response([*texts, end[0], DONE])[0]]), read([response(texts[:1], "close")[0]])
+    scale_unfinished([plain])
+    assert list(plain.counts) == [1]  # nobody knows
+    scale_unfinished([whole, broken, uncounted])
+    assert [list(one.counts) for one in (whole, broken, uncounted)] == [[3] * 4, [3] * 3, [1] * 4]
+
+
+NAMES = (
+    "error", "message", "usage", "prompt_tokens", "completion_tokens", "choices", "delta", "finish_reason", "content",
+    "text", "token_ids", "role",
+)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(odd=JSON, name=st.sampled_from(NAMES), keep_text=st.booleans())
+@settings(max_examples=500, deadline=None)
+def test_whatever_json_an_event_is_it_costs_no_more_than_its_own_request(odd: Any, name: str, keep_text: bool) -> None:
+    events = [{"choices": [{"delta": {name: odd}, name: odd}]}, {name: odd}, {"usage": {name: odd}}, odd]
+    raw, _ = response([token("a", [1]), *(f"data: {json.dumps(one)}\n\n".encode() for one in events), DONE])
+    answer = read([raw], keep_text=keep_text)
+    said("chat", "assistant", "".join(answer.texts))
+    f"{answer.error} {answer.finish_reason}".encode()
+    for count in (answer.prompt_tokens, answer.output_tokens):
+        assert count is None or (type(count) is int and count >= 0)
+
+
+@pytest.mark.parametrize("count", [2.0, "5", -1, True, [], 2**40])
+def test_a_usage_that_is_no_count_is_a_broken_event(count: object) -> None:
+    usage = event(usage=USAGE | {"completion_tokens": count})
+    answer = read([response([event({"text": "a", "finish_reason": "length"}), usage, DONE])[0]])
+    assert (answer.error or "").startswith("broken event: ")
+    assert list(answer.counts) == [1]
+
+
 def test_an_event_may_have_several_lines_of_data() -> None:
     several = token("a", [1], "length").replace(b', "choices"', b',\ndata: "choices"')
     assert several.count(b"data:") == 2
@@ -304,6 +359,9 @@ JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
         (b"SSH-2.0-x\r\n\r\n", "broken response: not HTTP: SSH-2.0-x"),
         (b"HTTP/1.1 abc\r\n\r\n", "broken response: not HTTP: HTTP/1.1 abc"),
         (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000, "broken response: not HTTP"),
+        (b"HTTP/1.1 \xb2\xb2\xb2 OK\r\n\r\n", "broken response: not HTTP: HTTP/1.1 "),
+        (b"HTTP/1.1 500 Oh\r\ncontent-length: 90000\r\n\r\n" + b"[" * 90_000, "http 500: [[["),
+        (HEAD + b"content-length: " + b"9" * 5000 + b"\r\n\r\n", "broken response: content-length 999"),
         (HEAD + b"content-length: 3, 3\r\n\r\n", "broken response: content-length 3, 3"),
         (HEAD + b"transfer-encoding: gzip\r\n\r\n", "broken response: transfer-encoding gzip"),
         (HEAD + b"content-encoding: br\r\n\r\n", "broken response: content-encoding br"),
@@ -322,6 +380,7 @@ JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
         (response([token("a", [1]), b'data: {"choi'], "length")[0], 'broken event: {"choi'),
         (response([token("a", [1]), b'data: {"error": {"message": "EngineDead"}}\n\n', DONE])[0], "stream: EngineDead"),
         (response([token("a", [1]), DONE])[0], "no finish_reason after 1 tokens"),
+        (response([ROLE, event({"delta": {}, "finish_reason": "stop"}), DONE])[0], "no tokens"),
         (CHUNKED, "connection closed after 0 tokens"),
     ],
 )
@@ -369,7 +428,7 @@ def test_long_parsing_lets_others_run() -> None:
 def test_a_request_says_everything_explicitly_and_hides_its_key_from_repr() -> None:
     target = Target("127.0.0.1", 8000, "m", "sk-secret")
     assert "secret" not in repr(target)
-    body = completion_body("chat", "m", "hi", 7, cache_salt="s", sampling={"top_p": 0.5})
+    body = completion_body("chat", target, "hi", 7, cache_salt="s", sampling={"top_p": 0.5})
     assert body["messages"] == [{"role": "user", "content": "hi"}]
     assert (body["max_tokens"], body["ignore_eos"], body["cache_salt"], body["top_p"]) == (7, True, "s", 0.5)
     assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"} < set(body)
@@ -379,9 +438,18 @@ def test_a_request_says_everything_explicitly_and_hides_its_key_from_repr() -> N
     assert b"Authorization: Bearer sk-secret" in head
     assert b"Host: 127.0.0.1:8000\r\n" in head
     assert f"Content-Length: {len(data)}".encode() in head
-    plain = completion_body("completions", "m", "hi", 7, cache_salt=None, sampling={})
+    plain = completion_body("completions", target, "hi", 7, cache_salt=None, sampling={})
     assert plain["prompt"] == "hi"
     assert "cache_salt" not in plain
+
+
+def test_a_strict_endpoint_is_asked_for_nothing_that_is_vllms_own_unless_the_workload_names_it() -> None:
+    target = Target("h", 1, "m", strict=True)
+    asked = asked_options(target, 7, cache_salt="s", sampling={"top_k": 5})
+    assert set(asked) & VLLM_ALONE == {"top_k"}
+    whole = asked_options(replace(target, strict=False), 7, cache_salt="s", sampling={"top_k": 5})
+    assert {name: value for name, value in whole.items() if name in asked} == asked
+    assert (asked["max_tokens"], asked["stream"], asked["stream_options"]) == (7, True, {"include_usage": True})
 
 
 @pytest.mark.parametrize(
@@ -401,7 +469,7 @@ def test_a_request_names_its_host_and_its_path_under_the_base(target: Target, pa
 
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=5))
 def test_a_body_of_messages_encoded_once_is_what_json_would_make_of_it(texts: list[str]) -> None:
-    options = asked_options("m", 7, cache_salt="s", sampling={})
+    options = asked_options(Target("h", 1, "m"), 7, cache_salt="s", sampling={})
     tail = json.dumps(options).encode()
     chat = json.loads(body_bytes("chat", [said("chat", "user", text) for text in texts], tail))
     assert chat == {"messages": [{"role": "user", "content": text} for text in texts], **options}

@@ -9,6 +9,7 @@ are told the same start of the window on CLOCK_MONOTONIC.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import json
@@ -40,6 +41,8 @@ MARGIN_S = 15.0
 POLL_S = 0.1
 STOP_GRACE_S = 1.0
 CLOSE_GRACE_S = 2.0
+ANSWER_S = 10.0
+"""As long as an answer may take, for all we know beforehand."""
 OWN_FILES = 128
 """Files that a child has open beside its connections: its own, and connections opened ahead of time."""
 PASSED_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
@@ -205,7 +208,7 @@ class Load:
         """
         is_cancelled = cancelled.is_set if isinstance(cancelled, threading.Event) else cancelled
         chains = _chains(requests)
-        _check_open_files(len(chains), len(self._children))
+        _check_open_files(chains, _is_closed_loop(requests), len(self._children))
         name = uuid.uuid4().hex
         command = {
             "op": "prepare",
@@ -359,14 +362,19 @@ def _is_closed_loop(requests: Sequence[Prompted]) -> bool:
     return any(one.request.after is not None and one.request.turn == 0 for one in requests)
 
 
-def _check_open_files(num_chains: int, clients: int) -> None:
-    """Each chain may have a connection open at the same time, in the worst case.
+def _check_open_files(chains: Sequence[Sequence[Prompted]], closed: bool, clients: int) -> None:
+    """A connection for each user; in an open loop, for all that come due in any `ANSWER_S`.
+
+    Where more are open at once, requests fail: not connected, too many open files.
 
     Raises:
         VarcasError: this machine does not allow so many.
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = -(-num_chains // clients) + OWN_FILES
+    due_s = [chain[0].request.at_s for chain in chains]  # in order
+    together = [bisect.bisect(due_s, at_s + ANSWER_S) - number for number, at_s in enumerate(due_s)]
+    num_open = len(chains) if closed else max(together, default=0)
+    needed = -(-num_open // clients) + OWN_FILES
     if most not in (-1, resource.RLIM_INFINITY) and needed > most:
         raise VarcasError(
             f"the load may need {needed} open files in one process, and {most} are allowed: raise the hard limit "

@@ -27,6 +27,9 @@ from varcas.workload.wire import (
 
 UNFINISHED = "unfinished"
 NOTHING, NO_STAMPS, NO_TIMES = Response(), bytearray(), array("d")
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What reading a response raises that is odd in a way nobody thought of: the request's failure, not the load's."""
+
 FAILED_PAUSE_S = 1.0
 """A closed loop's user whose request failed asks something else no sooner than this."""
 
@@ -44,14 +47,14 @@ class Writer:
     ) -> None:
         self.endpoint = endpoint
         self._asking = Asking(target, PATHS[endpoint])
-        self._model = target.model
+        self._target = target
         self._salt = cache_salt
         self._sampling = sampling
 
     def request(self, messages: Sequence[bytes], num_tokens: int, lap: int = 0) -> bytes:
         """The whole request; each further lap of a closed loop has a salt of its own."""
         salt = f"{self._salt}-{lap}" if lap and self._salt is not None else self._salt
-        options = asked_options(self._model, num_tokens, cache_salt=salt, sampling=self._sampling)
+        options = asked_options(self._target, num_tokens, cache_salt=salt, sampling=self._sampling)
         return self._asking.whole(body_bytes(self.endpoint, messages, json.dumps(options).encode()))
 
 
@@ -202,7 +205,7 @@ class Exchange:
             arrived_s = arrivals(self.stamps, self.seen_s, offset_ns)
             self.num_receives = len(arrived_s)
             self.num_unstamped = len(arrived_s) if offset_ns is None else array("q", bytes(self.stamps))[::2].count(0)
-            answer = parse(self.response, arrived_s, pause, keep_text=self._is_repeated())
+            answer = self._parsed(arrived_s, pause)
             if self.failure is None and self.end_s is not None and arrived_s:
                 self.end_s = arrived_s[-1]
             if self.failure is not None and answer.status in (None, 200):  # else the server had said what is wrong
@@ -210,6 +213,12 @@ class Exchange:
             self._answer, self.data = answer, b""
             self._forget()
         return self._answer
+
+    def _parsed(self, arrived_s: Sequence[float], pause: Callable[[], None]) -> Answer:
+        try:
+            return parse(self.response, arrived_s, pause, keep_text=self._is_repeated())
+        except UNREADABLE as error:
+            return Answer(status=self.response.status, error=f"broken response: not understood: {error!r:.200}")
 
     def follower(self, writer: Writer, answer: Answer, t0_s: float) -> Exchange | None:
         """What comes due because this one ended; ready to be sent."""
@@ -247,6 +256,7 @@ class Exchange:
             answer.status,
             step.conversation + self.lap * chain.num_conversations,
             step.turn,
+            answer.counting if answer.counts else None,
             len(answer.counts),
         ]
 

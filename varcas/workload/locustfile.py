@@ -21,6 +21,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import bisect  # noqa: E402
 import contextlib  # noqa: E402
 import errno  # noqa: E402
 import fcntl  # noqa: E402
@@ -47,6 +48,7 @@ from gevent import socket  # noqa: E402
 from gevent.event import AsyncResult, Event  # noqa: E402
 from gevent.fileobject import FileObject  # noqa: E402
 from gevent.hub import Waiter, get_hub  # noqa: E402
+from gevent.pool import Group  # noqa: E402
 from gevent.queue import Queue  # noqa: E402
 from locust import User, constant, task  # noqa: E402
 from locust.env import Environment  # noqa: E402
@@ -61,13 +63,14 @@ from varcas.workload.clock import (  # noqa: E402
     keep_stamping,
 )
 from varcas.workload.exchange import UNFINISHED, Chain, Exchange, Step, Writer  # noqa: E402
-from varcas.workload.wire import Answer, Target  # noqa: E402
+from varcas.workload.wire import Answer, Target, scale_unfinished  # noqa: E402
 
 RECV_BYTES = 65536
 READ, WRITE = 1, 2  # libev's
 CONNECT_TIMEOUT_S = 30.0
-OPEN_TOGETHER = 8
-OPEN_FIRST = 32
+OPEN_TOGETHER = 16
+OPEN_FIRST = 256
+ANSWER_S = 10.0  # as long as an answer may take, for all we know beforehand
 OPEN_FIRST_TIMEOUT_S = 5.0
 SPARE_CONNECTIONS = 16
 REFILL_S = 0.01
@@ -274,6 +277,8 @@ class Connections:
         self._wanted = Event()
         self._addresses: list[Any] = []
         self._context: ssl.SSLContext | None = None
+        self._openers = Group()
+        self._num_opening = 0
         self._num_spare = 0
 
     def take(self, fresh: bool) -> Connection:
@@ -305,21 +310,26 @@ class Connections:
     def open_first(self, num: int) -> None:
         """Opens so many before the load starts; a server that is not there shows itself in the load."""
         self._num_spare = min(num, SPARE_CONNECTIONS)
-        each = range(min(num, OPEN_TOGETHER))
-        openers = [gevent.spawn(self._refill, min(num, OPEN_FIRST)) for _ in each]
-        gevent.joinall(openers, timeout=OPEN_FIRST_TIMEOUT_S)
-        gevent.killall(openers)
+        for _ in range(min(num, OPEN_TOGETHER)):
+            self._openers.spawn(self._refill, min(num, OPEN_FIRST))
+        self._openers.join(timeout=OPEN_FIRST_TIMEOUT_S)
+        self._openers.kill()
 
     def keep_spare(self) -> NoReturn:
-        """Opens one for each that was taken."""
+        """Opens one for each that was taken; several at once where that takes long, begun one by one."""
         while True:
             self._wanted.wait()
             self._wanted.clear()
-            self._refill(self._num_spare)
+            for _ in range(OPEN_TOGETHER):
+                self._openers.spawn(self._refill, self._num_spare)
+                gevent.idle()
+                if self._num_lacking(self._num_spare) <= 0:
+                    break
             gevent.sleep(REFILL_S)
 
     def close(self) -> None:
         """Closes those that nobody uses."""
+        self._openers.kill()
         for connection in (*self._used, *self._fresh):
             connection.close()
         self._used.clear()
@@ -329,24 +339,31 @@ class Connections:
         for connection in [one for one in self._fresh if one.closed]:
             self._fresh.remove(connection)
         with contextlib.suppress(OSError):  # whoever needs one will see why there is none
-            while len(self._fresh) < num:
-                self._fresh.append(self._open())
+            while self._num_lacking(num) > 0:
+                self._num_opening += 1
+                try:
+                    self._fresh.append(self._open())
+                finally:
+                    self._num_opening -= 1
+
+    def _num_lacking(self, num: int) -> int:
+        return num - len(self._fresh) - self._num_opening
 
     def _open(self) -> Connection:
         if not self._addresses:
             found = socket.getaddrinfo(self._target.host, self._target.port, type=socket.SOCK_STREAM)
             self._addresses = [(family, address) for family, _, _, _, address in found]
-        for place, (family, address) in enumerate(self._addresses):
+        for place, (family, address) in enumerate(tuple(self._addresses), start=1):
             sock = PlainSocket(family, socket.SOCK_STREAM)
             try:
                 _connect(sock, address)
                 connection = Connection(self._run, sock, self._shake_hands(sock))
             except BaseException as error:
                 sock.close()
-                if place + 1 == len(self._addresses) or not isinstance(error, OSError):
+                if place == len(self._addresses) or not isinstance(error, OSError):
                     raise
             else:
-                self._addresses.insert(0, self._addresses.pop(place))  # first the next time
+                self._addresses.sort(key=(family, address).__ne__)  # this one first the next time
                 return connection
         raise AssertionError
 
@@ -415,6 +432,12 @@ class Run:
         """Takes in a request that is due at a time known beforehand."""
         self.exchanges.append(exchange)
         self._put(exchange)
+
+    @property
+    def num_due_soon(self) -> int:
+        """Requests of the beginning that may be in flight together."""
+        due_s = sorted(exchange.due_s for exchange in self.exchanges)
+        return bisect.bisect(due_s, due_s[0] + ANSWER_S) if due_s else 0
 
     def start(self, t0_s: float) -> None:
         """Lets the clock run."""
@@ -637,6 +660,9 @@ class Process:
     def _measure(self, command: Mapping[str, Any]) -> None:
         run = self._prepare(command)
         try:
+            gc.collect()
+            gc.freeze()
+            gc.disable()
             self._say(event="prepared", run=run.name)
             t0_s = command["t0"].get()
             if t0_s is None:  # nobody waits for it any more
@@ -664,16 +690,13 @@ class Process:
             run.plan(Exchange(chain, 0, 0, steps[0].at_s, writer))
         self._runner.spawn_users({"ChatUser": SPARE_USERS})
         if self._stop_grace_s is None:
-            run.connections.open_first(len(chains))
+            run.connections.open_first(len(chains) if command["closed"] else run.num_due_soon)
         else:
             run.stop(self._stop_grace_s)
         return run
 
     def _steer(self, run: Run, t0_s: float) -> dict[str, float]:
         """Follows one run from before its first request to its last; returns its times."""
-        gc.collect()
-        gc.freeze()
-        gc.disable()
         helpers = [gevent.spawn(work) for work in (run.parse_ended, run.connections.keep_spare)]
         helpers.append(gevent.spawn(self._keep_users, run))
         run.start(t0_s)
@@ -726,8 +749,9 @@ def _write_result(path: Path, run: Run) -> float:
     """Writes what `driver._read_result` reads; returns the share of receives that the kernel stamped."""
     rows, offsets_s, counts = [], array("d"), array("I")
     exchanges = sorted(run.exchanges, key=lambda exchange: exchange.index)
-    for exchange in exchanges:
-        answer = exchange.read(run.offset)
+    answers = [exchange.read(run.offset) for exchange in exchanges]
+    scale_unfinished(answers)
+    for exchange, answer in zip(exchanges, answers, strict=True):
         rows.append(exchange.record(answer, run.t0_s))
         sent_s = exchange.sent_s or 0.0
         offsets_s.extend(at_s - sent_s for at_s in answer.times)

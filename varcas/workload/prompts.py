@@ -390,7 +390,7 @@ def _cached(cache_dir: Path | None, name: str, make: Callable[[], Mapping[str, A
     cache_dir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("x") as file:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it may be private
             json.dump(made, file)
             file.flush()
             os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from json import JSONDecoder
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import JsonValue
 
 Endpoint = Literal["chat", "completions"]
-Counting = Literal["token_ids", "usage", "text"]
+Counting = Literal["token_ids", "usage", "text", "events"]
 
 PATHS: dict[Endpoint, str] = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 SAMPLING: dict[str, JsonValue] = {
@@ -30,6 +30,9 @@ SAMPLING: dict[str, JsonValue] = {
     "frequency_penalty": 0.0,
 }
 """All that a model's `generation_config.json` would set otherwise, switched off."""
+
+VLLM_ALONE = frozenset({"top_k", "min_p", "repetition_penalty", "ignore_eos", "cache_salt"})
+"""Not in OpenAI's API: an endpoint that is strict about it refuses them."""
 
 USAGE: dict[str, JsonValue] = {"stream_options": {"include_usage": True}}
 """How tokens are counted: by the `usage` that ends the stream, and by nothing that the server would work for.
@@ -52,6 +55,7 @@ ERROR_KINDS: dict[str, str] = {
     "broken event": "an event is not JSON, or not of OpenAI's form",
     "stream": "the server reported an error within the stream",
     "no finish_reason": "the response came whole, but no event says why it ended",
+    "no tokens": "the response came whole, and is empty",
     "unfinished": "the drain ran out, or the load was stopped",
 }
 """What the first words of `RequestRecord.error` say. Every error begins with exactly one of these."""
@@ -60,6 +64,10 @@ TEXT_KEYS = ("content", "text", "reasoning_content", "reasoning", "tool_calls", 
 ANSWER_KEYS = ("content", "text")
 """Of `TEXT_KEYS`, what a conversation's next turn repeats."""
 MAX_HEAD_BYTES = 65536
+MAX_LENGTH_DIGITS = 18
+MAX_TOKENS = 2**31
+SEVERAL = 1.01
+"""Tokens an event above which events are held to bear several: below, some characters came in two tokens."""
 PAUSE_EVERY = 16
 MAX_ERROR_CHARS = 300
 SCAN: Callable[[str, int], tuple[Any, int]] = vars(JSONDecoder())["scan_once"]
@@ -77,6 +85,7 @@ class Target:
         api_key: sent as a bearer token.
         tls: over HTTPS, with the certificate verified against the system's authorities (`SSL_CERT_FILE`).
         base: path before `/v1`, without a slash at its end.
+        strict: takes nothing that is not in OpenAI's API.
     """
 
     host: str
@@ -85,6 +94,7 @@ class Target:
     api_key: str | None = field(default=None, repr=False)
     tls: bool = False
     base: str = ""
+    strict: bool = False
 
     @property
     def headers(self) -> dict[str, str]:
@@ -98,11 +108,6 @@ class Target:
             "Accept-Encoding": "identity",
             **key,
         }
-
-
-def error_kind(error: str) -> str:
-    """Which of `ERROR_KINDS` an error is."""
-    return next(kind for kind in ERROR_KINDS if error.startswith(kind))
 
 
 class Asking:
@@ -119,25 +124,27 @@ class Asking:
 
 
 def asked_options(
-    model: str,
+    target: Target,
     num_tokens: int,
     *,
     cache_salt: str | None,
     sampling: Mapping[str, JsonValue],
 ) -> dict[str, Any]:
-    """All of a request's body but its prompt: `num_tokens` tokens, streamed.
+    """All of a request's body but its prompt: `num_tokens` tokens, streamed; at most so many of a strict endpoint.
 
     `ignore_eos` alone gives exactly that many. `min_tokens` would add a logits processor to every step, and a `seed`
     per request a random generator, and no production traffic has either: `sampling` may still bring them.
     """
     salt = {} if cache_salt is None else {"cache_salt": cache_salt}
     exact = {"max_tokens": num_tokens, "ignore_eos": True, "stream": True}
-    return {"model": model, **SAMPLING, **USAGE, **sampling, **exact, **salt}
+    asked = {"model": target.model, **SAMPLING, **USAGE, **sampling, **exact, **salt}
+    refused = VLLM_ALONE.difference(sampling) if target.strict else ()
+    return {name: value for name, value in asked.items() if name not in refused}
 
 
 def completion_body(
     endpoint: Endpoint,
-    model: str,
+    target: Target,
     prompt: str,
     num_tokens: int,
     *,
@@ -148,7 +155,7 @@ def completion_body(
     asked: dict[str, Any] = (
         {"messages": [{"role": "user", "content": prompt}]} if endpoint == "chat" else {"prompt": prompt}
     )
-    return asked | asked_options(model, num_tokens, cache_salt=cache_salt, sampling=sampling)
+    return asked | asked_options(target, num_tokens, cache_salt=cache_salt, sampling=sampling)
 
 
 def said(endpoint: Endpoint, role: Literal["system", "user", "assistant"], text: str) -> bytes:
@@ -202,9 +209,9 @@ class Response:
         """Takes the next piece; returns whether it was the last one."""
         try:
             self.parts.append(self._state(self, piece))
-        except _BrokenError as error:
+        except ValueError as error:
             self.parts.append(b"")
-            self.broken, self.over, self.reusable = f"broken response: {error}", True, False
+            self.broken, self.over, self.reusable = f"broken response: {_one_line(error)}", True, False
         return self.over
 
     def closed(self) -> None:
@@ -253,8 +260,8 @@ class Response:
         if length is None:
             self.reusable = False
             return Response._to_the_end
-        if not (length.isascii() and length.isdigit()):
-            raise _BrokenError(f"content-length {length}")
+        if not (length.isascii() and length.isdigit() and len(length) <= MAX_LENGTH_DIGITS):
+            raise _BrokenError(f"content-length {length[:40]}")
         self._left = int(length)
         return Response._of_length
 
@@ -362,10 +369,11 @@ def parse_head(head: bytes) -> tuple[int, dict[str, str]]:
     """
     first, *lines = head.decode("latin-1").split("\r\n")
     words = first.split()
-    if not first.startswith("HTTP/1.") or len(words) < 2 or not (words[1].isdigit() and len(words[1]) == 3):
+    status = words[1] if len(words) > 1 else ""
+    if not (first.startswith("HTTP/1.") and status.isascii() and status.isdigit() and len(status) == 3):
         raise _BrokenError(f"not HTTP: {_one_line(first)}")
     headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    return int(words[1]), headers
+    return int(status), headers
 
 
 @dataclass(slots=True)
@@ -380,7 +388,8 @@ class Answer:
         output_tokens: as the server's `usage` says; None when it did not come.
         finish_reason: as the server says.
         error: what is wrong with the response, in one line.
-        counting: what told the tokens of each event.
+        counting: what told the tokens of each event: its token ids; a running `usage`; that it bears text, with the
+            final `usage` for their sum; or `events`: nothing did, and each is held for one.
         texts: of the answer, where they are wanted (`keep_text`).
     """
 
@@ -400,23 +409,23 @@ class Answer:
 
     def take(self, event: Mapping[str, Any], at_s: float) -> None:
         """Takes one event."""
-        if "error" in event:
+        if event.get("error") is not None:
             self.error = self.error or f"stream: {_one_line(event['error'])}"
             return
         usage = event.get("usage")
         if usage:
-            self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
-            self.output_tokens = usage.get("completion_tokens", self.output_tokens)
+            self.prompt_tokens = _told(usage, "prompt_tokens", self.prompt_tokens)
+            self.output_tokens = _told(usage, "completion_tokens", self.output_tokens)
         for choice in event.get("choices") or ():
             if finish_reason := choice.get("finish_reason"):
-                self.finish_reason, self._finish_s = finish_reason, at_s
+                self.finish_reason, self._finish_s = _one_line(finish_reason), at_s
             delta = choice.get("delta") or choice
             num_tokens = self._num_tokens(choice, delta, usage)
             if num_tokens is not None:
                 self.times.append(at_s)
                 self.counts.append(num_tokens)
             if self.keep_text:
-                self.texts += [text for key in ANSWER_KEYS if (text := delta.get(key))]
+                self.texts += [_text(delta[key]) for key in ANSWER_KEYS if delta.get(key)]
 
     def _num_tokens(
         self, choice: Mapping[str, Any], delta: Mapping[str, Any], usage: Mapping[str, Any] | None
@@ -428,9 +437,9 @@ class Answer:
         if (ids := choice.get("token_ids")) is not None:
             self.counting = "token_ids"
             return len(ids) or None
-        if usage and "completion_tokens" in usage and self._is_running(choice):
+        if usage and usage.get("completion_tokens") is not None and self._is_running(choice):
             self.counting = "usage"
-            before, self._counted = self._counted, int(usage["completion_tokens"])
+            before, self._counted = self._counted, self.output_tokens or 0
             return max(0, self._counted - before) or None
         if self.counting != "text":
             return None
@@ -448,8 +457,8 @@ class Answer:
         """Makes events that were not told their tokens add up to the final `usage`.
 
         Are there as many events as tokens, each is one, whether it has text or not. Else those without text are none,
-        and the tokens are spread evenly over the others: event i of n gets ceil((i + 1) T / n) - ceil(i T / n) of T.
-        Times stay as they were: what is between two events is known in any case.
+        and the tokens are spread over the others. Times stay as they were: what is between two events is known in any
+        case.
         """
         total = self.output_tokens
         if self.counting != "text":
@@ -460,12 +469,55 @@ class Answer:
         if 0 in self.counts:
             self.times = array("d", itertools.compress(self.times, self.counts))
             self.counts = array("I", filter(None, self.counts))
-        if total is None or total == len(self.counts):
-            return
-        if not self.times and self._finish_s is not None:  # tokens that have no text, all of them
-            self.times.append(self._finish_s)
+        if total is None:
+            self.counting = "events"
+        elif total != len(self.counts):
+            if not self.times and self._finish_s is not None:  # tokens that have no text, all of them
+                self.times.append(self._finish_s)
+            self.spread(total)
+
+    def spread(self, total: int) -> None:
+        """Spreads tokens evenly over the events: event i of n gets ceil((i + 1) T / n) - ceil(i T / n) of T."""
         bounds = [-(-i * total // len(self.times)) for i in range(len(self.times) + 1)] if self.times else []
         self.counts = array("I", (end - start for start, end in itertools.pairwise(bounds)))
+
+
+def _told(usage: Mapping[str, Any], name: str, before: int | None) -> int | None:
+    """A count of tokens that `usage` holds; what was told before where it holds none.
+
+    Raises:
+        TypeError: it is no count.
+    """
+    count = usage.get(name)
+    if count is None:
+        return before
+    if type(count) is not int or not 0 <= count < MAX_TOKENS:
+        raise TypeError(f"{name} is no count")
+    return count
+
+
+def _text(value: object) -> str:
+    """A text that the conversation's next turn can repeat.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, str):
+        raise TypeError("this is no text")
+    return value
+
+
+def scale_unfinished(answers: Iterable[Answer]) -> None:
+    """Gives answers that broke off before their `usage` as many tokens an event as the whole ones had."""
+    found = list(answers)
+    told = [answer for answer in found if answer.counting == "text" and answer.output_tokens is not None]
+    num_events = sum(len(answer.counts) for answer in told)
+    per_event = sum(answer.output_tokens or 0 for answer in told) / num_events if num_events else 1.0
+    if per_event < SEVERAL:
+        return
+    for answer in found:
+        if answer.counting == "events" and answer.error is not None:
+            answer.spread(round(per_event * len(answer.times)))
 
 
 def parse(
@@ -504,7 +556,9 @@ def _what_is_missing(answer: Answer, response: Response, num_events: int) -> str
         return f"broken response: {kind} is no event stream"
     if not framed and not answer._done:  # only the stream itself tells whether that was its end
         return f"connection closed {came}"
-    return None if answer.finish_reason else f"no finish_reason {came}"
+    if not answer.finish_reason:
+        return f"no finish_reason {came}"
+    return None if any(answer.counts) else "no tokens"
 
 
 def _take_events(answer: Answer, response: Response, stamps_s: Sequence[float], pause: Callable[[], None]) -> int:
@@ -568,7 +622,7 @@ def _error_line(body: bytes) -> str:
     """What an error's body says, in one line."""
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _one_line(body.decode(errors="replace"))
     error = found.get("error", found) if isinstance(found, dict) else found
     return _one_line(error)
@@ -577,5 +631,6 @@ def _error_line(body: bytes) -> str:
 def _one_line(error: object) -> str:
     if isinstance(error, Mapping) and "message" in error:
         error = error["message"]
-    lines = str(error).strip().splitlines() or [""]
+    text = str(error).encode(errors="replace").decode()  # JSON may hold halves of characters, no file does
+    lines = text.strip().splitlines() or [""]
     return lines[0][:MAX_ERROR_CHARS]
