@@ -53,12 +53,13 @@ from varcas.engine.vllm import MODEL_ID, VllmServer, server_env
 from varcas.experiment import Workload
 from varcas.gpus import GpuSpec
 from varcas.model import describe
+from varcas.pruner import failure_kind
 from varcas.rules import RULES, Refusal, Rule, Site, judge
 from varcas.space import ServingConfig
 from varcas.workload.schedule import schedule
 
 CONFIDENCE = 0.95
-TIMEOUT_S = 300.0
+TIMEOUT_S, GPU_TIMEOUT_S = 300.0, 150.0
 GPU_WORKERS = 4
 HOLD_S = 20.0
 NOT_ITS_FAULT = "Not enough allowed NUMA nodes"
@@ -67,9 +68,12 @@ UNDECIDED = RETRIED | {"start_timeout", "missing_dependency", "model_download", 
 """A start that ends so says nothing of its configuration."""
 CROWDED = {"gpu_busy", "out_of_memory", "kv_cache_too_small", None}
 """Of a start that had others beside it: tried again alone."""
-ON_GPU = ("weights_do_not_fit", "sequence_does_not_fit", "given_cache", "blocks_too_few", "cpu_share", "slo_")
+ON_GPU = ("weights_", "sequence_does_not_fit", "given_cache", "blocks_too_few", "cpu_share", "slo_")
 """Beginnings of the names of rules whose configurations get as far as the GPU, and need it alone."""
-IMPLIED = {"weights_do_not_fit": "sequence_does_not_fit"}
+IMPLIED = {
+    "weights_beyond_memory": ("weights_do_not_fit", "sequence_does_not_fit"),
+    "weights_do_not_fit": ("sequence_does_not_fit",),
+}
 MODELS = "MODELS/"
 """In a flag, stands for where this run keeps its models."""
 DRAWS = 150_000
@@ -132,6 +136,10 @@ CPU_MODELS = (
     "tiny-llama", "tiny-awq", "tiny-gptq", "tiny-fp8", "tiny-qwen2", "tiny-gemma3", "tiny-deepseek",
     "tiny-gemma2", "tiny-6-heads", "tiny-6-heads-4-kv", "tiny-12-heads", "llama-2-7b-4-layers",
 )  # fmt: skip
+IMPOSSIBLE = ("tiny-6-heads-4-kv",)
+"""Runs on no number of ranks: says nothing but of the rule on heads."""
+CPU_PLAIN = ("tiny-llama", "tiny-awq", "tiny-gptq", "tiny-12-heads", "tiny-deepseek", "qwen2.5-0.5b")
+"""What is drawn for the converse; each is started plainly too."""
 GPU_MODELS = ("qwen2.5-0.5b", "tiny-awq", "tiny-deepseek", "llama-2-7b-awq", "llama-2-70b", "llama-2-13b")
 DRAFTS = ("tiny-llama", "tiny-vocabulary", "qwen2.5-0.5b")
 SLO_CASES: tuple[tuple[str, Flags], ...] = (
@@ -160,7 +168,7 @@ CPU_EDGES: tuple[Edge, ...] = (
 )
 GPU_EDGES: tuple[Edge, ...] = (
     ("weights_do_not_fit", "llama-2-13b", {"dtype": "half", "gpu_memory_utilization": 0.3}, {}),
-    ("weights_do_not_fit", "llama-2-70b", {}, {}),
+    ("weights_beyond_memory", "llama-2-70b", {}, {}),
     ("weights_do_not_fit", "llama-2-7b-awq", {"gpu_memory_utilization": 0.044}, {}),
     ("sequence_does_not_fit", "llama-2-13b", {"max_model_len": 4096, "gpu_memory_utilization": 0.34}, {}),
     ("sequence_does_not_fit", "llama-2-7b-awq", {"max_model_len": 4096, "gpu_memory_utilization": 0.069}, {}),
@@ -260,6 +268,8 @@ def pruned(
         found[rule][case.told] = case
     for _ in range(DRAWS):
         drawn = draw(rng, models, envs)
+        if drawn.model in IMPOSSIBLE:
+            continue
         refusal = judge(sites.of(drawn.model, drawn.env), drawn.flags)
         if refusal and len(found[refusal.rule]) < each and (case := _least(sites, refusal.rule, drawn)):
             found[refusal.rule].setdefault(case.told, case)
@@ -267,11 +277,28 @@ def pruned(
     return [case for turn in itertools.zip_longest(*chosen) for case in turn if case is not None]
 
 
+def unstripped(sites: Sites, models: Sequence[str], envs: Sequence[Mapping[str, str]], count: int) -> Iterator[Case]:
+    """As drawn, with all flags that may interact, as many of each rule as there are."""
+    rng, found = random.Random(SEED + 2), dict[str, Case]()
+    turn: collections.Counter[str] = collections.Counter()
+    rules = len([rule for rule in RULES if rule.kind == "hard"])
+    for _ in range(DRAWS if count else 0):
+        case = draw(rng, models, envs)
+        refusal = judge(sites.of(case.model, case.env), case.flags)
+        if refusal is None or case.model in IMPOSSIBLE or turn[refusal.rule] > count // rules:
+            continue
+        turn[refusal.rule] += 1
+        found.setdefault(case.told, replace(case, sort="pruned", claims=(Claim(refusal.rule, refusal.message),)))
+        if len(found) >= count:
+            break
+    yield from found.values()
+
+
 def _claimed(sites: Sites, rule: str, case: Case) -> Case | None:
     """A case with the rule's claim, if this rule prunes it and no other does."""
     site = sites.of(case.model, case.env)
     refusal = judge(site, case.flags)
-    if refusal is None or refusal.rule != rule or judge(site, case.flags, disabled={rule, IMPLIED.get(rule, rule)}):
+    if refusal is None or refusal.rule != rule or judge(site, case.flags, disabled={rule, *IMPLIED.get(rule, ())}):
         return None
     return replace(case, sort="pruned", claims=(Claim(rule, refusal.message),))
 
@@ -287,14 +314,16 @@ def _least(sites: Sites, rule: str, case: Case) -> Case | None:
     return _claimed(sites, rule, case)
 
 
-def unpruned(sites: Sites, models: Sequence[str], envs: Sequence[Mapping[str, str]], count: int) -> list[Case]:
-    """Configurations drawn at random that no rule prunes."""
+def unpruned(sites: Sites, models: Sequence[str], envs: Sequence[Mapping[str, str]], count: int) -> Iterator[Case]:
+    """Each model plain, then configurations drawn at random that no rule prunes."""
     rng, found = random.Random(SEED + 1), dict[str, Case]()
+    if count:
+        yield from (replace(_case(model, {}, envs[0]), sort="plain") for model in models)
     while len(found) < count:
         case = draw(rng, models, envs)
         if _ranks(case) == 1 and judge(sites.of(case.model, case.env), case.flags) is None:
             found.setdefault(case.name, case)
-    return list(found.values())
+    yield from found.values()
 
 
 def _ranks(case: Case) -> int:
@@ -347,6 +376,7 @@ class Starter:
         locks: held during each start.
         forks: who forks them; None starts each anew.
         logs: gets every server's log.
+        timeout_s: of a start.
     """
 
     work: Path
@@ -354,6 +384,7 @@ class Starter:
     locks: Locks
     forks: Forks | None
     logs: Path | None
+    timeout_s: float
 
     def run(self, case: Case, alone: bool = True) -> list[dict[str, Any]]:
         """Starts one, puts it under load where a limit is claimed, and returns a row for each claim."""
@@ -370,7 +401,7 @@ class Starter:
                 config,
                 log=Path(logs) / "server.log",
                 env=case.env,
-                timeout_s=TIMEOUT_S,
+                timeout_s=self.timeout_s,
                 use=use,
                 alone=alone,
                 forks=self.forks,
@@ -418,9 +449,37 @@ def _row(case: Case, claim: Claim, started: Started, measured: Mapping[str, floa
 def _verdict(case: Case, started: Started, excess: float | None) -> str:
     if started.kind in UNDECIDED or NOT_ITS_FAULT in started.detail or (case.sort == "loaded" and excess is None):
         return "undecided"
+    if case.sort == "pruned" and started.kind and not all(_as_said(c.rule, started) for c in case.claims):
+        return "undecided"  # it failed, for another reason than the rule's
     if case.sort == "loaded":
         return "missed" if excess is not None and excess > 0 else "met"
     return "failed" if started.kind else "ran"
+
+
+MEMORY_KINDS = {"out_of_memory", "kv_cache_too_small"}
+"""Which of the two a start dies of depends on how far it comes."""
+NOT_THE_DEVICES = {"unsupported_by_engine", "unsupported_by_gpu"}
+
+
+WORDS = {"kv_heads_do_not_divide": "AssertionError", "too_few_gpus": "out of bounds"}
+"""Of a crash for the rule's own reason: vLLM asserts it."""
+
+
+def _as_said(rule: str, started: Started) -> bool:
+    """Whether a start failed in the way that the rule foretells."""
+    if rule in WORDS and WORDS[rule] in started.detail:
+        return True
+    foretold = failure_kind(rule)
+    return any({foretold, started.kind} <= same for same in ({foretold}, MEMORY_KINDS, NOT_THE_DEVICES))
+
+
+def rejudged(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an earlier run: a failure of another kind than the rule's is no proof."""
+    started = Started(row["failure"], row["detail"], "", 0.0)
+    if row["rule"] == "weights_do_not_fit" and "gpu_memory_utilization" not in row["flags"]:
+        row = {**row, "rule": "weights_beyond_memory"}  # written before the rule was split
+    proof = not row["rule"] or row["verdict"] != "failed" or _as_said(row["rule"], started)
+    return {**row, "verdict": row["verdict"] if proof else "undecided"}
 
 
 def run_all(cases: Sequence[Case], starter: Starter, clock: Clock, workers: int) -> None:
@@ -471,7 +530,8 @@ def _in_crowd(case: Case, starter: Starter, clock: Clock) -> bool:
 
 def print_report(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> None:
     """Prints what was pruned and what became of it, the bound, and what the rules missed."""
-    claimed = [row for row in rows if row["rule"]]
+    hard = {rule.name for rule in rules if rule.kind == "hard"}
+    claimed = [row for row in rows if row["rule"] in hard]
     print("| rule | configuration | the rule says | what happened | |")
     print("|---|---|---|---|---|")
     for row in sorted(claimed, key=lambda row: (row["rule"], row["told"])):
@@ -486,10 +546,14 @@ def print_report(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> No
           "of such prunes are false (Clopper-Pearson, one-sided 95 %).\n")  # fmt: skip
     tried = collections.Counter(row["rule"] for row in decided)
     print("| rule | tried | false |\n|---|--:|--:|")
-    for rule in (rule for rule in rules if rule.kind == "hard"):
+    for rule in (rule for rule in rules if rule.name in hard):
         wrong = sum(row["rule"] == rule.name for row in false)
         print(f"| {rule.name} | {tried[rule.name] or 'source-only'} | {wrong if tried[rule.name] else ''} |")
-    print_missed([row for row in rows if row["sort"] == "drawn" and row["verdict"] != "undecided"])
+    plain = {row["model"]: row["verdict"] == "ran" for row in rows if row["sort"] == "plain"}
+    words = [f"{model} {'runs' if ran else 'fails'}" for model, ran in plain.items()]
+    print(f"\nStarted plainly: {', '.join(words) or 'none'}.")
+    drawn = [row for row in rows if row["sort"] == "drawn" and row["verdict"] != "undecided"]
+    print_missed([row for row in drawn if plain.get(row["model"], True)])
 
 
 def print_missed(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -529,7 +593,8 @@ def planned(sites: Sites, args: argparse.Namespace) -> Iterator[Case]:
     if args.gpu:
         yield from slo_cases(sites, args.rules)
     yield from pruned(sites, models, envs, edges, args.each, args.rules)
-    yield from unpruned(sites, models, envs, args.drawn)
+    yield from unstripped(sites, models, envs, args.unstripped)
+    yield from unpruned(sites, models if args.gpu else CPU_PLAIN, envs, args.drawn)
 
 
 def main() -> None:
@@ -538,6 +603,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="on one GPU")
     parser.add_argument("--rules", nargs="*", default=[], help="names of rules to try (default: all)")
     parser.add_argument("--each", type=int, default=4, help="configurations a rule")
+    parser.add_argument("--unstripped", type=int, default=0, help="pruned configurations with all that was drawn")
     parser.add_argument("--drawn", type=int, default=0, help="configurations that no rule prunes")
     parser.add_argument("--out", type=Path, default=Path("false_prunes.jsonl"), help="rows are appended here")
     parser.add_argument("--done", type=Path, action="append", default=[], help="rows had before: not started again")
@@ -560,9 +626,9 @@ def main() -> None:
                 return
             with locks.held():
                 forks = running.enter_context(Forks(server_env(ENV), Path(work) / "f.log")) if args.fork else None
-            starter = Starter(Path(work), args.out, locks, forks, args.logs)
+            starter = Starter(Path(work), args.out, locks, forks, args.logs, GPU_TIMEOUT_S if args.gpu else TIMEOUT_S)
             run_all(cases, starter, clock, GPU_WORKERS if args.gpu else 0)
-        print_report(read_rows([*args.done, args.out]), RULES)
+        print_report([rejudged(row) for row in read_rows([*args.done, args.out])], RULES)
 
 
 def plan(args: argparse.Namespace, work: Path) -> list[Case]:

@@ -97,8 +97,10 @@ CPU = (
     Case("llama-2-7b-4-layers-gptq", {"dtype": "half", "gpu_memory_utilization": 0.3, **EAGER}),
     Case("llama-2-7b-4-layers", {"dtype": "half", "gpu_memory_utilization": 0.4}),
     Case("tiny-llama", {"num_gpu_blocks_override": 100, **EAGER}, SPACE_1),
+    Case("tiny-llama", {"gpu_memory_utilization": 0.2, **EAGER}),
+    Case("qwen2.5-0.5b", {"gpu_memory_utilization": 0.35, **EAGER}),
     Case("gemma-3-1b", {"gpu_memory_utilization": 0.4, "max_num_seqs": 8, **EAGER}, RETURNED),
-    Case("qwen2.5-0.5b", {"gpu_memory_utilization": 0.5, "max_num_batched_tokens": 8192, **EAGER}, RETURNED),
+    Case("gemma-3-1b", {"gpu_memory_utilization": 0.4, "max_num_seqs": 8, **EAGER}),
 )  # fmt: skip
 
 _8K, _16K, _2K = ({"max_num_batched_tokens": tokens} for tokens in (8192, 16384, 2048))

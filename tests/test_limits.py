@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from varcas import gpus, known
 from varcas.cli import app, run
 from varcas.errors import InputError
 from varcas.experiment import Experiment, load_experiment, parse_experiment
-from varcas.limits import Lengths, batch_at_most, roofline_report, tokens_per_s
-from varcas.limits_answer import GpuRoofline, Point, Roofline
+from varcas.limits import Lengths, Plan, batch_at_most, roofline_report, tokens_per_s
+from varcas.limits_answer import Best, GpuRoofline, Point, Roofline
 from varcas.limits_text import number, share
-from varcas.memory import Serve, ceiling_kv_tokens
+from varcas.memory import Serve
 from varcas.model import describe
 from varcas.roofline import bounds
 from varcas.store import Store
@@ -163,11 +164,11 @@ def test_the_mean_context_by_hand() -> None:
 
 def test_the_cache_bounds_the_batch() -> None:
     some, serve = lengths((300, 200)), Serve(dtype="half", max_num_seqs=256)
-    held = float(ceiling_kv_tokens(AWQ, T4, serve)) / 400
-    assert batch_at_most(AWQ, T4, serve, some) == pytest.approx(held)
-    assert batch_at_most(AWQ, T4, Serve(dtype="half", max_num_seqs=8), some) == 8
+    assert batch_at_most(AWQ, serve, some, 20_000) == pytest.approx(50)
+    assert batch_at_most(AWQ, Serve(dtype="half", max_num_seqs=8), some, 20_000) == 8
+    assert batch_at_most(AWQ, serve, some, None) == 256, "no bound is known"
     mistral = describe(CONFIGS / "mistral-7b-v0.1")
-    assert batch_at_most(mistral, T4, serve, some) == 256, "with a window caches do not grow with the context"
+    assert batch_at_most(mistral, serve, some, 20_000) == 256, "with a window caches do not grow with the context"
 
 
 @settings(deadline=None, max_examples=40)
@@ -179,7 +180,12 @@ def test_a_larger_batch_or_a_shared_prefix_never_lowers_the_bound(pairs: list[tu
     rate = tokens_per_s(AWQ, T4, HALF, lengths(*pairs), batch)
     assert tokens_per_s(AWQ, T4, HALF, lengths(*pairs), batch + 1) >= rate * (1 - 1e-12)
     assert tokens_per_s(AWQ, T4, HALF, lengths(*pairs, shared=64), batch) >= rate * (1 - 1e-12)
-    assert tokens_per_s(AWQ, T4, HALF, lengths(*pairs), batch, ceiling=True) >= rate * (1 - 1e-12)
+    drafting = Plan(drafted=3)
+    assert tokens_per_s(AWQ, T4, HALF, lengths(*pairs), batch, drafting) >= rate * (1 - 1e-12)
+    mixed = replace(lengths(*pairs), server_decides=True)
+    assert tokens_per_s(AWQ, T4, HALF, mixed, batch) >= rate * (1 - 1e-12), "any mix, so this one too"
+    alone = [tokens_per_s(AWQ, T4, HALF, lengths(pair), batch) for pair in pairs]
+    assert tokens_per_s(AWQ, T4, HALF, mixed, batch) >= max(alone) * (1 - 1e-12)
 
 
 def test_the_best_of_the_space_is_over_what_is_left() -> None:
@@ -196,7 +202,98 @@ def test_the_best_of_the_space_is_over_what_is_left() -> None:
     assert t4.best.joules_per_token == pytest.approx(70 / t4.best.tokens_per_s)
 
 
+def test_accepted_drafts_raise_the_bound_and_are_named() -> None:
+    """The seed's space drafts 3 or 5: without is no bound of it."""
+    only = roofline_report(load_experiment(SEED), ["T4"], engine_version="0.32.0").gpus[0]
+    assert only.best is not None
+    assert only.best_drafted is not None
+    assert (only.best.drafted, only.best.tokens_per_s) == (0, pytest.approx(2133, abs=2))
+    assert only.best_drafted.drafted in (3, 5)
+    assert only.best_drafted.tokens_per_s == pytest.approx(3306, abs=2), "all compute-bound"
+    assert only.latency is not None
+    assert only.latency_drafted is not None
+    assert only.latency.tpot_p50_ms == pytest.approx(11.5, abs=0.05)
+    assert only.latency_drafted.tpot_p50_ms == pytest.approx(11.5 / 6, rel=0.02), "five drafts cost next to nothing"
+
+
+@pytest.mark.parametrize("flag", ["data_parallel_size", "pipeline_parallel_size"])
+def test_two_gpus_give_at_most_twice_and_cost_twice(flag: str) -> None:
+    def best(flags: dict[str, Any]) -> Best:
+        serve = {"max_model_len": 2048, "max_num_seqs": 8} | flags
+        asked = experiment(serve=serve, space={}, hardware={"gpu": "H100", "count": 2})
+        answer = roofline_report(asked, engine_version="0.32.0").gpus[0]
+        assert answer.best is not None
+        assert answer.gpus_per_server == (flags.get(flag) or 1)
+        return answer.best
+
+    one, two = best({}), best({flag: 2})
+    assert two.tokens_per_s == pytest.approx(2 * one.tokens_per_s)
+    assert two.usd_per_m_tokens == pytest.approx(one.usd_per_m_tokens)
+    assert two.tpot_ms == pytest.approx(one.tpot_ms)
+
+
+def test_the_batch_is_not_rounded() -> None:
+    only = roofline_report(experiment(space={"max_num_seqs": {"choices": [256]}}), ["T4"]).gpus[0]
+    assert only.best is not None
+    assert only.best.batch != round(only.best.batch)
+
+
 # ---- answers of other kinds
+
+
+@pytest.mark.parametrize(
+    ("serve", "verdict"),
+    [({"pipeline_parallel_size": 2}, "fits"), ({"cpu_offload_gb": 20}, "not told"), ({}, "cannot fit")],
+)
+def test_a_model_over_stages_or_offloaded_is_not_said_to_be_too_large(serve: dict[str, Any], verdict: str) -> None:
+    flags = {"max_model_len": 2048, "dtype": "half"} | serve
+    asked = experiment(model="meta-llama/Llama-2-13b-hf", serve=flags, hardware={"gpu": "L4", "count": 2})
+    stack = roofline_report(asked, engine_version="0.32.0").gpus[0].memory
+    assert stack.verdict == verdict
+    assert (stack.kv_tokens_at_most is None) == (verdict == "not told")
+    assert stack.kv_tokens_at_most is None or stack.kv_tokens_at_most >= stack.kv_tokens
+
+
+@pytest.mark.parametrize("size", [2_000_000_000, "2G"])
+def test_a_given_cache_bounds_its_own_tokens(size: int | str) -> None:
+    stack = roofline_report(experiment(serve={"max_model_len": "2k", "kv_cache_memory_bytes": size})).gpus[0].memory
+    assert stack.flags["max_model_len"] == 2000
+    assert stack.kv_tokens_at_most is not None
+    assert stack.kv_tokens <= stack.kv_tokens_at_most
+
+
+def test_lengths_that_the_server_decides_are_bounded_by_the_shortest() -> None:
+    closed = {"profile": "chat-medium", "arrival": {"kind": "closed", "users": 8}, "duration_s": 60}
+    answer = roofline_report(experiment(workload=closed))
+    assert any("depends on the server" in note for note in answer.notes)
+    latency = answer.gpus[0].latency
+    assert latency is not None
+    assert latency.ttft_p50_ms == latency.ttft_p95_ms
+
+
+def test_a_continuous_space_of_which_nothing_is_left_says_what_is_nearest() -> None:
+    space = {"gpu_memory_utilization": {"low": 0.1, "high": 0.9}}
+    asked = {"model": "meta-llama/Llama-3.1-70B", "serve": {"max_model_len": 4096}, "space": space}
+    answer = roofline_report(experiment(**asked), ["T4"])
+    assert "that were drawn" in (answer.gpus[0].pruned.nearest or "")
+    assert "GiB" in (answer.gpus[0].pruned.nearest or "")
+    assert not answer.has_answer
+
+
+def test_what_is_enqueued_counts_as_in_a_sweep() -> None:
+    space, enqueue = {"max_num_batched_tokens": {"choices": [8]}}, [{"max_num_batched_tokens": 2048}]
+    serve = {"max_model_len": 2048, "max_num_seqs": 256}
+    asked = {"serve": serve, "space": space}
+    assert not roofline_report(experiment(**asked), engine_version="0.32.0").has_answer
+    assert roofline_report(experiment(**asked, study={"enqueue": enqueue}), engine_version="0.32.0").has_answer
+
+
+def test_fp8_models_lie_under_the_roof_of_fp8() -> None:
+    config = ROOT / "varcas" / "configs" / "llama-3.1-8b"
+    serve = {"max_model_len": 2048, "quantization": "fp8"}
+    only = roofline_report(experiment(model=str(config), serve=serve, hardware={"gpu": "H100"})).gpus[0]
+    assert only.units == "fp8"
+    assert only.peak_flops == gpus.gpu("H100").peak_flops("fp8")
 
 
 def test_a_model_that_cannot_fit_leaves_nothing_and_says_what_would_do() -> None:
@@ -354,7 +451,7 @@ def test_nothing_left_exits_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     )
     code, out, err = said(capsys, path)
     assert code == 3, err
-    assert "weights_do_not_fit" in out
+    assert "weights_beyond_memory" in out
     assert "133 GiB" in out
 
 

@@ -26,6 +26,7 @@ from varcas.memory import (
     block_bytes,
     blocks_each,
     ceiling_kv_tokens,
+    cpu_cache_bytes,
     cpu_memory,
     floor_bytes,
     graph_bytes,
@@ -33,6 +34,7 @@ from varcas.memory import (
     loaded_bytes,
     memory,
     settings,
+    whole,
 )
 from varcas.model import ModelSpec, describe, from_config
 
@@ -96,6 +98,28 @@ def test_the_cpu_builds_own_log(model_dir: Path) -> None:
     tokens, length = (int(number.replace(",", "")) for number in reported.groups())
     serve = Serve(dtype="bfloat16", block_size=128, kv_cache_memory_bytes=GIB, max_model_len=length)
     assert cpu_memory(describe(model_dir), serve, 24 * GIB).kv_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "reported"),
+    [
+        ("qwen2.5-0.5b", "float16", 992_260_224),
+        ("smollm2-135m", "float32", 540_157_664),
+        ("gemma-3-1b", "bfloat16", 2_033_326_754),
+    ],
+)
+def test_weights_as_the_cpu_build_holds_them(name: str, dtype: str, reported: int) -> None:
+    """Rotary tables too, two for Gemma 3; all but the inverse frequencies and the like: docs/roofline_evidence.md."""
+    found = cpu_memory(describe(MODELS / name), Serve(dtype=dtype), 24 * GIB)
+    assert 0 <= reported - float(found.weights) < 1024
+
+
+def test_a_share_of_the_cpus_memory_as_its_build_took_it() -> None:
+    """docs/roofline_evidence.md: 0.5 of 16,871,796,736 bytes; the output projection is held twice."""
+    serve = Serve(dtype="bfloat16", block_size=128, gpu_memory_utilization=0.5)
+    found = cpu_memory(describe(MODELS / "qwen2.5-0.5b"), serve, 16_871_796_736)
+    assert float(found.kv_tokens) == pytest.approx(483_712, rel=0.03)
+    assert float(found.overhead) > 151_936 * 896 * 2
 
 
 # ---- bytes a token
@@ -260,7 +284,8 @@ def test_the_parts_make_the_budget(model: ModelSpec, serve: Serve) -> None:
 def test_hard_figures_bound_the_estimate(model: ModelSpec, serve: Serve, gpu: gpus.GpuSpec) -> None:
     """What the estimate says fits, no rule may call impossible."""
     found = memory(model, gpu, serve)
-    assert ceiling_kv_tokens(model, gpu, serve) >= found.kv_tokens
+    left = gpu.memory_bytes * float(serve.gpu_memory_utilization) - model.weight_bytes(serve.dtype)
+    assert ceiling_kv_tokens(model, left, serve) >= found.kv_tokens
     if found.fits:
         assert floor_bytes(model, serve) <= gpu.memory_bytes
 
@@ -296,3 +321,36 @@ def test_graphs_cost_nothing_when_eager_and_more_for_more_sequences() -> None:
     serve = Serve(max_num_seqs=seqs)
     assert np.all(np.diff(graph_bytes(llama(), serve)) >= 0)
     assert not graph_bytes(llama(), replace(serve, enforce_eager=True)).any()
+
+
+# ---- numbers as vLLM's command line reads them
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("2k", 2000), ("2K", 2048), ("25.6k", 25_600), ("1G", 2**30), ("4096", 4096), (512, 512)]
+)
+def test_numbers_with_a_suffix(text: str | int, number: int) -> None:
+    """The examples of `human_readable_int`."""
+    assert whole({"max_model_len": text}, "max_model_len") == number
+
+
+@pytest.mark.parametrize("value", ["1.5K", "many", 0, -5, True, 2.5, -1, "auto"])
+def test_what_is_no_number_names_the_flag_and_the_fix(value: object) -> None:
+    with pytest.raises(InputError, match=r"max_model_len: .*e\.g\. max_model_len: 2048"):
+        whole({"max_model_len": value}, "max_model_len")
+
+
+def test_the_cpu_builds_space() -> None:
+    assert [cpu_cache_bytes({"VLLM_CPU_KVCACHE_SPACE": text}) for text in ("", "2")] == [None, 2 * GIB]
+    assert cpu_cache_bytes({}) is None
+    with pytest.raises(InputError, match="no integer of GiB"):
+        cpu_cache_bytes({"VLLM_CPU_KVCACHE_SPACE": "1.5"})
+
+
+def test_pipeline_stages_share_weights_and_cache() -> None:
+    model, one = describe(MODELS / "llama-2-13b"), Serve()
+    two = replace(one, pipeline_parallel_size=2)
+    whole_, half = memory(model, H100, one), memory(model, H100, two)
+    assert float(half.weights) == float(whole_.weights) / 2
+    assert float(half.block) == float(whole_.block) / 2
+    assert half.kv_tokens > whole_.kv_tokens * 2

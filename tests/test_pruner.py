@@ -244,9 +244,27 @@ def test_a_space_ruled_out_whole_names_the_memory_that_would_do() -> None:
     pruner = Pruner(made, Space(made), site_of(made, facts, gpu_at_best("T4", facts)))
     text = pruner.nothing_left()
     assert text is not None
-    assert text.startswith("the rules rule out all 2 configurations of the space: 2 by weights_do_not_fit, for one: ")
+    assert text.startswith("the rules rule out all 2 configurations of the space: 2 by weights_beyond_memory, for")
     needed = float(text.split("a GPU with ")[1].split(" GiB")[0])
     assert 30 < needed < 60
+
+
+def test_what_the_validator_refuses_costs_no_audit_and_rules_take_turns() -> None:
+    types = "kv_cache_dtype: {choices: [auto, fp8]}, dtype: {choices: [auto, bfloat16]}"
+    space = f"{{max_num_seqs: {{low: 1, high: 64}}, {types}}}"
+    pruner = pruner_of(experiment(space, "{trials: 2, audit_frac: 1}"))
+    survey = pruner.survey()
+    assert survey is not None
+    assert {audit.rule for audit in survey.audits[:2]} == set(survey.by_rule)
+    config, params = pruner.next_audit() or pytest.fail("none")
+    left = pruner.audits_left
+    pruner.heard(row_of(Proposal(None, params, {}, config, "audit"), state="infeasible", reason_rule="vllm_refuses"))
+    assert pruner.audits_left == left
+
+
+def test_a_baseline_that_may_work_is_started_though_its_space_is_ruled_out() -> None:
+    made = experiment("{kv_cache_dtype: {choices: [fp8]}}", baseline="{kv_cache_dtype: auto}")
+    assert pruner_of(made).nothing_left() is None
 
 
 # what the rules know
@@ -318,9 +336,9 @@ def test_validate_names_what_a_sweep_would_not_start(tmp_path: Path) -> None:
     serve = "{max_model_len: 2048, gpu_memory_utilization: 0.9}"
     answer = checked(tmp_path, "{max_num_seqs: {choices: [2, 4]}, tensor_parallel_size: {choices: [1]}}", serve=serve)
     assert (answer.ruled_out, answer.nothing_left) == ([], None)
-    answer = checked(tmp_path, "{gpu_memory_utilization: {choices: [0.2, 0.9]}}", serve="{max_model_len: 2048}")
-    assert [(out.rule, out.configurations) for out in answer.ruled_out] == [("weights_do_not_fit", 1)]
-    assert "Ruled out before any start: 1 by weights_do_not_fit, for one: weights take" in validated_text(answer)
+    answer = checked(tmp_path, "{tensor_parallel_size: {choices: [1, 2]}}", serve="{max_model_len: 2048}")
+    assert [(out.rule, out.configurations) for out in answer.ruled_out] == [("too_few_gpus", 1)]
+    assert "Ruled out before any start: 1 by too_few_gpus, for one: 2 GPUs" in validated_text(answer)
 
 
 def test_validate_says_when_a_sweep_would_start_nothing(tmp_path: Path) -> None:

@@ -179,10 +179,8 @@ def test_bounds_are_never_below_physics(model: ModelSpec, gpu: gpus.GpuSpec, bat
     for step in (decode(model, HALF, batch, prompt), prefill(model, HALF, batch, prompt)):
         fastest = max(gpu.peaks.values())
         assert step.seconds(gpu) >= step.flops / fastest
-        assert step.seconds(gpu, ceiling=True) >= step.flops / fastest / gpus.CLOCK_HEADROOM
         assert step.seconds(gpu) >= step.bytes / gpu.memory_bytes_per_s
         assert step.serial_seconds(gpu) >= step.seconds(gpu) * (1 - 1e-12)
-        assert step.seconds(gpu, ceiling=True) <= step.seconds(gpu)
         assert 0 < step.utilisation(gpu) <= 1
     assert decode(model, HALF, batch, prompt, routing="uniform").bytes >= decode(model, HALF, batch, prompt).bytes
     counted = decode(model, HALF, batch, prompt, activations=True)
@@ -205,7 +203,7 @@ def test_tensor_parallel_divides_work_and_traffic(batch: int, context: int, rank
 @given(model=models, batch=batches, prompt=st.integers(1, 4096), output=st.integers(1, 4096))
 def test_served_bounds(model: ModelSpec, batch: int, prompt: int, output: int) -> None:
     found = bounds(model, H100, HALF, batch, prompt, output)
-    cheaper = bounds(model, H100, HALF, batch, prompt, output, cached=prompt // 2, ceiling=True)
+    cheaper = bounds(model, H100, HALF, batch, prompt, output, cached=prompt // 2)
     drafting = bounds(model, H100, HALF, batch, prompt, output, drafted=3)
     assert found.ttft_s == prefill(model, HALF, 1, prompt).seconds(H100)
     assert cheaper.ttft_s <= found.ttft_s

@@ -798,6 +798,14 @@ def estimate(
     )
 
 
+def efficiency_for(
+    calibration: Calibration, gpu: GpuSpec, kernel: str, engine_version: str | None = None
+) -> Efficiency:
+    """What `estimate` takes for a class of kernels: fitted where it was measured, else the prior's median."""
+    found, _ = _fit_for(calibration, gpu, kernel, engine_version)
+    return found.efficiency if found else prior(gpu, kernel).median
+
+
 def _fit_for(calibration: Calibration, gpu: GpuSpec, kernel: str, version: str | None) -> tuple[Fit | None, list[str]]:
     """The fit of this GPU and these kernels, of this version or another."""
     same = {key: fit for key, fit in calibration.fits.items() if (key.gpu, key.kernel) == (gpu.name, kernel)}

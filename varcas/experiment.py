@@ -301,6 +301,10 @@ class Study(BaseModel):
         description="share of the configurations ruled out that is started all the same, to test the rules; at most "
         "this share of `trials`, rounded up, on top of them",
     )
+    order: bool = Field(
+        default=True,
+        description="up to 3 of the first proposals follow the roofline's estimates, where it has some",
+    )
     enqueue: list[dict[str, JsonValue]] = Field(
         default_factory=list, description="configurations to try first: flags over `serve`"
     )

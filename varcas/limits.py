@@ -10,10 +10,9 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from varcas.engine.node import NodeFacts
 from varcas.engine.probe import probe_python
 from varcas.errors import InputError
 from varcas.experiment import Experiment
-from varcas.gpus import GIB, GpuSpec
+from varcas.gpus import GpuSpec
 from varcas.known import Found, find_model
 from varcas.limits_answer import (
     Attained,
@@ -54,6 +53,7 @@ from varcas.limits_answer import (
     RuleCount,
     SloBound,
     Spread,
+    Verdict,
     WorkloadFacts,
 )
 from varcas.memory import (
@@ -61,24 +61,24 @@ from varcas.memory import (
     Memory,
     Serve,
     ceiling_kv_tokens,
+    cpu_cache_bytes,
     cpu_memory,
-    floor_bytes,
     kv_bytes_per_token,
     memory,
     settings,
+    whole,
 )
 from varcas.model import ModelSpec
-from varcas.pruner import Pruner, site_of
+from varcas.pruner import Pruner, cached_tokens, server_decides, site_of
 from varcas.roofline import (
-    UNITS,
     Step,
     break_even_acceptance,
     compute_bound_batch,
     decode,
     prefill,
 )
-from varcas.rules import RULES, Refusal, Site, bound_ms, judge, judge_all
-from varcas.space import Label, ServingConfig, Space
+from varcas.rules import RULES, Refusal, Room, Site, bound_ms, judge, judge_all, room
+from varcas.space import Drawn, ServingConfig, Space
 from varcas.steptime import PARAMETERS
 from varcas.store import Store
 from varcas.workload.schedule import schedule
@@ -104,11 +104,14 @@ class Lengths:
         prompt: tokens of each.
         output: tokens of each.
         shared: tokens of each prompt that a prefix cache may hold.
+        server_decides: which of these requests come, and how often, depends on the server: only what holds for each
+            of them bounds them all. Of a later turn the prompt is what is new, its context longer than said here.
     """
 
     prompt: Ints
     output: Ints
     shared: Ints
+    server_decides: bool = False
 
     @property
     def fresh(self) -> Ints:
@@ -124,7 +127,12 @@ class Lengths:
 
     @property
     def mean_context(self) -> float:
-        """Unshared tokens in a sequence's cache, mean over all decode steps: of step i the prompt and i tokens."""
+        """Unshared tokens in a sequence's cache, mean over all decode steps: of step i the prompt and i tokens.
+
+        Where the server decides, that of the request with the least.
+        """
+        if self.server_decides:
+            return float((self.fresh + self.output / 2).min())
         steps = float(self.steps.sum())
         return float((self.steps * (self.fresh + self.output / 2)).sum() / steps) if steps else float(self.fresh.mean())
 
@@ -197,9 +205,10 @@ def _question(
     configs, drawn = _configs(space)
     if drawn:
         notes.append(f"the space is {'continuous' if space and space.size() is None else 'large'}: {drawn} drawn")
-    length = {**e.serve, **e.baseline}.get("max_model_len")
-    longest = length if isinstance(length, int) else found.model.max_position
+    longest = whole({**e.serve, **e.baseline}, "max_model_len") or found.model.max_position
     lengths = lengths_of(e, longest)
+    if lengths is not None and lengths.server_decides:
+        notes.append("which requests come depends on the server (users, later turns): bounds hold for each of them")
     if lengths is None:
         notes.append("the workload's texts are counted by the server alone: no bounds for it")
     version = _version(version) or probe_python(e.server.python).vllm_version
@@ -247,12 +256,12 @@ def lengths_of(experiment: Experiment, longest: int) -> Lengths | None:
     counted = [request for request in drawn if request.prompt_tokens > 0 and request.output_tokens > 0]
     if not counted:
         return None
-    shared = [request.prompt_tokens if request.blocks else request.prefix_tokens for request in counted]
+    shared = [cached_tokens(request) for request in counted]
     prompt, output, cached = (
         np.array(numbers, dtype=np.int64)
         for numbers in ([r.prompt_tokens for r in counted], [r.output_tokens for r in counted], shared)
     )
-    return Lengths(prompt, output, np.minimum(cached, prompt - 1))
+    return Lengths(prompt, output, np.minimum(cached, prompt - 1), server_decides(workload, counted))
 
 
 def _configs(space: Space | None) -> tuple[list[ServingConfig], int]:
@@ -262,29 +271,10 @@ def _configs(space: Space | None) -> tuple[list[ServingConfig], int]:
     size = space.size()
     if size is not None and size <= MOST_CONFIGS:
         return list(space.configs()), 0
-    drawn = {config.hash: config for config in (space.config(space.propose(draw)[1]) for draw in _draws())}
+    draw = Drawn(random.Random(0))  # the same in every run
+    configs = (space.config(space.propose(draw)[1]) for _ in range(DRAWN_CONFIGS))
+    drawn = {config.hash: config for config in configs}
     return list(drawn.values()), len(drawn)
-
-
-def _draws() -> Iterator[_Drawn]:
-    chance = random.Random(0)
-    return (_Drawn(chance) for _ in range(DRAWN_CONFIGS))
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """Suggests at random, the same in every run."""
-
-    chance: random.Random
-
-    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
-        return self.chance.choice(labels)
-
-    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
-        return self.chance.randrange(low, high + 1, step)
-
-    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
-        return float(np.exp(self.chance.uniform(np.log(low), np.log(high)))) if log else self.chance.uniform(low, high)
 
 
 def _drafts(e: Experiment, configs: Sequence[ServingConfig]) -> dict[str, ModelSpec]:
@@ -372,44 +362,54 @@ class _Case:
     model: ModelSpec
     serve: Serve
 
-    @property
-    def ceiling(self) -> GpuSpec:
-        """The fastest that goes by the asked name."""
-        return self.site.gpu or self.gpu
+    units: str
 
 
 def _on_gpu(question: _Question, asked: str, gpu: GpuSpec, store: Store | None) -> GpuRoofline:
     flags = question.baseline.flags
     model = as_loaded(question.found.model, flags)
-    case = _Case(question, gpu, _site(question, asked, gpu), model, settings(flags, model, gpu))
+    serve = settings(flags, model, gpu)
+    units = decode(model, serve, 1, 1).units
+    case = _Case(question, gpu, _site(question, asked, gpu), model, serve, units)
     pruned, left = _pruned(case)
+    open_still = left if question.configs else [question.baseline]
+    plans = {config.hash: room(case.site, config.flags) for config in open_still}
+    untold = 0 if gpu.measured else sum(plan is None for plan in plans.values())
+    drafts = max((_plan(case, config.flags).drafted for config in open_still), default=0)
+    best = (
+        _best(case, question.lengths, [c for c in open_still if gpu.measured or plans[c.hash]])
+        if question.lengths
+        else {}
+    )
     calibrations = [_calibration(case, store, simulated) for simulated in (False, True)]
-    units = UNITS[case.serve.dtype]
     return GpuRoofline(
         gpu=gpu.name,
         asked=asked,
         measured=gpu.measured,
-        gpus_per_server=case.serve.tensor_parallel_size,
+        gpus_per_server=_gpus_of(case.serve, _plan(case, flags)),
         units=units,
         peak_flops=gpu.peak_flops(units),
         memory_bytes_per_s=gpu.memory_bytes_per_s,
         ridge=gpu.ridge(units),
         usd_per_h=gpu.price and gpu.price.usd_per_h,
         unverified=list(gpu.unverified),
-        memory=_memory_stack(case, case.serve),
+        memory=_memory_stack(case, flags, case.serve),
         memory_of=list(_memory_of(case)),
         decode=[_decode_point(case, b, c) for c in question.contexts for b in question.batches],
         prefill=[_prefill_point(case, prompt) for prompt in question.prompts],
         prefill_unfused=[_prefill_point(case, prompt, unfused=True) for prompt in question.prompts],
         classes=list(_classes(case)),
         compute_bound=[_compute_bound(case, context) for context in question.contexts],
-        latency=_latency(case, question.lengths) if question.lengths else None,
+        latency=_latency(case, question.lengths, 0) if question.lengths else None,
+        latency_drafted=_latency(case, question.lengths, drafts) if question.lengths and drafts else None,
         slo=[
             SloBound(key=key, limit_ms=limit, least_ms=bound_ms(case.site, flags, key))
             for key, limit in question.experiment.slo.items()
         ],
         bounds=_bounds(case, question.lengths) if question.lengths else [],
-        best=_best(case, question.lengths, left) if question.lengths and (left or not question.configs) else None,
+        best=best.get(False),
+        best_drafted=best.get(True),
+        untold=untold,
         speculation=list(_break_even(case)),
         pruned=pruned,
         region=list(_region(case)),
@@ -449,7 +449,7 @@ def _site(question: _Question, asked: str, gpu: GpuSpec) -> Site:
 
 MEMORY_FLAGS = (
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "kv_cache_dtype", "enforce_eager",
-    "gpu_memory_utilization", "tensor_parallel_size",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "tensor_parallel_size", "pipeline_parallel_size",
 )  # fmt: skip
 """Flags that change where memory goes."""
 
@@ -457,7 +457,7 @@ MEMORY_FLAGS = (
 def _memory_of(case: _Case) -> Iterator[MemoryOf]:
     """The baseline, then each flag of the space at its least and its greatest value."""
     flags = case.question.baseline.flags
-    yield MemoryOf(label="baseline", refused=_rule(case, flags), memory=_memory_stack(case, case.serve))
+    yield MemoryOf(label="baseline", refused=_rule(case, flags), memory=_memory_stack(case, flags, case.serve))
     for name in MEMORY_FLAGS:
         values = {json.dumps(config.flags.get(name)): config.flags.get(name) for config in case.question.configs}
         values.pop(json.dumps(flags.get(name)), None)
@@ -467,7 +467,7 @@ def _memory_of(case: _Case) -> Iterator[MemoryOf]:
             serve = settings(changed, case.model, case.gpu)
             if serve != case.serve:  # the default, spelled out
                 said = value if isinstance(value, str) else json.dumps(value)
-                stack = _memory_stack(case, serve)
+                stack = _memory_stack(case, changed, serve)
                 yield MemoryOf(label=f"{name}={said}", refused=_rule(case, changed), memory=stack)
 
 
@@ -480,14 +480,12 @@ def _rule(case: _Case, flags: Flags) -> str | None:
     return None if refusal is None else refusal.rule
 
 
-def _memory_stack(case: _Case, serve: Serve) -> MemoryStack:
+def _memory_stack(case: _Case, flags: Flags, serve: Serve) -> MemoryStack:
     there = _memory(case, serve)
     left = max(0.0, float(there.kv_cache))
-    least = float(floor_bytes(case.model, serve))
-    whole = case.ceiling.memory_bytes * float(serve.gpu_memory_utilization)
-    verdict: Literal["fits", "too small", "cannot fit"] = "fits" if bool(there.fits) else "too small"
+    known = room(case.site, flags)
     return MemoryStack(
-        verdict="cannot fit" if least > whole and not case.gpu.measured else verdict,
+        verdict=_verdict(case, known, there),
         total=case.gpu.cuda_bytes,
         budget=int(there.budget),
         weights=int(there.weights),
@@ -498,24 +496,41 @@ def _memory_stack(case: _Case, serve: Serve) -> MemoryStack:
         kv_cache=int(there.kv_cache),
         rest=max(0, case.gpu.cuda_bytes - int(there.weights + there.peak + there.graphs + there.overhead + left)),
         kv_tokens=int(there.kv_tokens),
-        kv_tokens_at_most=int(ceiling_kv_tokens(case.model, case.ceiling, serve)),
+        kv_tokens_at_most=None if case.gpu.measured else _tokens_at_most(case.model, serve, known),
         kv_bytes_per_token=kv_bytes_per_token(case.model, serve),
         full_sequences=round(float(there.blocks / there.blocks_each), 2),
         flags={
             name: getattr(serve, name)
             for name in ("dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens",
-                         "gpu_memory_utilization", "enforce_eager", "tensor_parallel_size")
+                         "gpu_memory_utilization", "enforce_eager", "tensor_parallel_size", "pipeline_parallel_size")
         },
     )  # fmt: skip
+
+
+def _verdict(case: _Case, known: Room | None, there: Memory) -> Verdict:
+    """`not told` where something is set that the estimates leave out, and nothing that was bounded speaks either."""
+    if not case.gpu.measured:
+        if known is None or (known.sharing > 1 and known.need_bytes <= known.budget_bytes):
+            return "not told"
+        if known.need_bytes > known.budget_bytes:
+            return "cannot fit"
+    return "fits" if bool(there.fits) else "too small"
+
+
+def _tokens_at_most(model: ModelSpec, serve: Serve, known: Room | None) -> int | None:
+    """The most KV tokens of one engine; None where the rules know no bound."""
+    if known is None or (serve.pipeline_parallel_size > 1 and len(model.attention) > 1):
+        return None
+    types = replace(serve, dtype=known.serve.dtype, kv_cache_dtype=known.serve.kv_cache_dtype)
+    return int(ceiling_kv_tokens(model, known.cache_bytes, types))
 
 
 def _memory(case: _Case, serve: Serve) -> Memory:
     if not case.gpu.measured:
         return memory(case.model, case.gpu, serve)
-    space = case.site.env.get("VLLM_CPU_KVCACHE_SPACE")
-    if space is not None and serve.kv_cache_memory_bytes is None:
-        serve = replace(serve, kv_cache_memory_bytes=int(float(space) * GIB))
-    return cpu_memory(case.model, serve, case.gpu.memory_bytes)
+    if (space := cpu_cache_bytes(case.site.env)) is not None:  # it goes before the flag
+        serve = replace(serve, kv_cache_memory_bytes=space)
+    return cpu_memory(case.model, serve, case.gpu.cuda_bytes)
 
 
 def _bound_of(step: Step, gpu: GpuSpec) -> Bound:
@@ -579,113 +594,166 @@ def _compute_bound(case: _Case, context: int) -> ComputeBound:
 # ---- bounds of the workload
 
 
-def _latency(case: _Case, lengths: Lengths) -> Latency:
-    first = 1e3 * prefill(case.model, case.serve, 1, lengths.fresh, cached=lengths.shared).seconds(case.gpu)
-    step = 1e3 * decode(case.model, case.serve, 1, lengths.fresh).seconds(case.gpu)
-    ttft, tpot = (np.quantile(times, [0.5, 0.95]) for times in (first, step))
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a configuration spreads work over time and GPUs, for bounds.
+
+    Attributes:
+        engines: of data parallelism.
+        sharing: engines over which experts are spread; 1 without experts.
+        stages: of pipeline parallelism; each works on another step.
+        drafted: tokens that a step drafts for a sequence, all taken as accepted and free to draft.
+    """
+
+    engines: int = 1
+    sharing: int = 1
+    stages: int = 1
+    drafted: int = 0
+
+
+ONE = Plan()
+
+
+def _plan(case: _Case, flags: Flags) -> Plan:
+    known = room(case.site, flags)
+    return ONE if known is None else Plan(known.engines, known.sharing, known.stages, known.drafted)
+
+
+def _gpus_of(serve: Serve, plan: Plan) -> int:
+    return serve.tensor_parallel_size * plan.engines * plan.stages
+
+
+def _latency(case: _Case, lengths: Lengths, drafted: int) -> Latency:
+    """Of each request alone; where the server decides which come, of the fastest."""
+    plan, each = _plan(case, case.question.baseline.flags), np.arange(1.0, drafted + 2)[:, np.newaxis]
+    filling = prefill(case.model, case.serve, 1, lengths.fresh, cached=lengths.shared).seconds(case.gpu)
+    steps = decode(case.model, case.serve, 1, lengths.fresh, new_tokens=each).seconds(case.gpu) / each
+    first, step = 1e3 * filling / (plan.stages * plan.sharing), 1e3 * steps.min(axis=0) / plan.sharing
+    quantiles = [0.0, 0.0] if lengths.server_decides else [0.5, 0.95]
+    ttft, tpot = (np.quantile(times, quantiles) for times in (first, step))
     return Latency(ttft_p50_ms=ttft[0], ttft_p95_ms=ttft[1], tpot_p50_ms=tpot[0], tpot_p95_ms=tpot[1])
 
 
 def _bounds(case: _Case, lengths: Lengths) -> list[BoundsAt]:
-    whole = replace(case.serve, max_num_seqs=case.question.batches[-1])
-    most = batch_at_most(case.model, case.ceiling, whole, lengths)
-    return [_bounds_at(case.model, case.gpu, case.serve, lengths, b, b <= most) for b in case.question.batches]
+    """Without speculation, by batch."""
+    flags, largest = case.question.baseline.flags, case.question.batches[-1]
+    plan = replace(_plan(case, flags), drafted=0)
+    most = _batch_at_most(case, case.model, flags, replace(case.serve, max_num_seqs=largest), lengths)
+    return [
+        _bounds_at(case.model, case.gpu, case.serve, lengths, batch, plan, batch <= most)
+        for batch in case.question.batches
+    ]
 
 
 def _bounds_at(
-    model: ModelSpec, gpu: GpuSpec, serve: Serve, lengths: Lengths, batch: int, possible: bool = True
+    model: ModelSpec, gpu: GpuSpec, serve: Serve, lengths: Lengths, batch: float, plan: Plan, possible: bool = True
 ) -> BoundsAt:
-    rate = tokens_per_s(model, gpu, serve, lengths, batch)
-    step = decode(model, serve, batch, lengths.fresh).seconds(gpu)
-    usd_per_s = None if gpu.price is None else gpu.price.usd_per_h * serve.tensor_parallel_size / 3600
+    rate = tokens_per_s(model, gpu, serve, lengths, batch, plan)
+    each = np.arange(1.0, plan.drafted + 2)[:, np.newaxis]
+    step = (decode(model, serve, batch, lengths.fresh, new_tokens=each).seconds(gpu) / each).min(axis=0) / plan.sharing
+    several = _gpus_of(serve, plan)
+    usd_per_s = None if gpu.price is None else gpu.price.usd_per_h * several / 3600
     return BoundsAt(
         batch=batch,
         possible=possible,
-        tpot_ms=1e3 * float(np.median(step)),
+        tpot_ms=1e3 * float(step.min() if lengths.server_decides else np.median(step)),
         tokens_per_s=rate,
         usd_per_m_tokens=None if usd_per_s is None else usd_per_s / rate * 1e6,
-        joules_per_token=None if gpu.power_w is None else gpu.power_w * serve.tensor_parallel_size / rate,
+        joules_per_token=None if gpu.power_w is None else gpu.power_w * several / rate,
     )
 
 
 def tokens_per_s(
-    model: ModelSpec, gpu: GpuSpec, serve: Serve, lengths: Lengths, batch: float, *, ceiling: bool = False
+    model: ModelSpec, gpu: GpuSpec, serve: Serve, lengths: Lengths, batch: float, plan: Plan = ONE
 ) -> float:
-    """The most output tokens a second that these requests allow with at most `batch` sequences in a step.
+    """The most output tokens a second that these requests allow with at most `batch` sequences in an engine's step.
 
     Whatever overlaps, all requests take at least all their compute, and at least all traffic of their decode steps:
     each token moves its sequence's cache, and at best a `batch`-th of the weights. A context is no shorter than the
-    unshared part of the prompt.
+    unshared part of the prompt. With k accepted drafts a step gives k + 1 tokens: compute is that of single tokens,
+    which is less, and traffic that of the step. Engines and stages work at once, experts are read for all engines.
 
     Args:
         model: the model.
         gpu: whose peaks are taken at 100 %.
         serve: types and tensor parallelism.
         lengths: of the requests.
-        batch: sequences in a step.
-        ceiling: the fastest units there are: for hard rules.
+        batch: sequences in a step of one engine.
+        plan: engines, stages and drafts.
     """
+    each = plan.drafted + 1
     filling = prefill(model, serve, 1, lengths.fresh, cached=lengths.shared)
-    step = decode(model, serve, batch, lengths.fresh)
-    compute = filling.compute_seconds(gpu, ceiling) + lengths.steps * step.compute_seconds(gpu, ceiling) / batch
-    moving = lengths.steps * step.memory_seconds(gpu) / batch
-    return float(lengths.output.sum() / max(compute.sum(), moving.sum()))
+    single, step = (decode(model, serve, batch, lengths.fresh, new_tokens=new) for new in (1, each))
+    compute = filling.compute_seconds(gpu) + lengths.steps * single.compute_seconds(gpu) / batch
+    moving = lengths.steps * step.memory_seconds(gpu) / (batch * each * plan.sharing)
+    if lengths.server_decides:  # of any mix
+        least = max((compute / lengths.output).min(), (moving / lengths.output).min())
+    else:
+        least = max(compute.sum(), moving.sum()) / lengths.output.sum()
+    return float(plan.engines * plan.stages / least)
 
 
-def batch_at_most(model: ModelSpec, gpu: GpuSpec, serve: Serve, lengths: Lengths) -> float:
+def batch_at_most(model: ModelSpec, serve: Serve, lengths: Lengths, kv_tokens: float | None) -> float:
     """The mean number of sequences in a step is no larger: `max_num_seqs`, and what all memory holds of their caches.
 
     Over all decode steps the KV tokens held are at least the sum of the contexts; so the mean batch is at most the KV
     tokens there can be over the mean context. With a sliding window only `max_num_seqs` counts.
+
+    Args:
+        model: the model.
+        serve: with `max_num_seqs`.
+        lengths: of the requests.
+        kv_tokens: at most; None where no bound is known.
     """
     most = float(serve.max_num_seqs)
-    if gpu.measured or any(kind.window is not None for kind in model.attention):
+    if kv_tokens is None or any(kind.window is not None for kind in model.attention):
         return most
-    held = float(ceiling_kv_tokens(model, gpu, serve)) / lengths.mean_context
-    return max(1.0, min(most, held))
+    return max(1.0, min(most, kv_tokens / lengths.mean_context))
 
 
-KINDS = ("dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size")
-SIZES = ("max_num_seqs", "gpu_memory_utilization")
-"""Flags that a bound depends on: of each combination of the first, the larger the second the better."""
+def _batch_at_most(case: _Case, model: ModelSpec, flags: Flags, serve: Serve, lengths: Lengths) -> float:
+    held = None if case.gpu.measured else _tokens_at_most(model, serve, room(case.site, flags))
+    return batch_at_most(model, serve, lengths, held)
 
 
-def _best(case: _Case, lengths: Lengths, left: Sequence[ServingConfig]) -> Best | None:
-    """The best bound over what is left of the space, and the baseline's where there is none."""
-    alike: dict[str, dict[tuple[float, float], Flags]] = {}
-    for config in left or [case.question.baseline]:
-        kind = json.dumps([config.flags.get(name) for name in KINDS])
-        alike.setdefault(kind, {}).setdefault(_sizes(config.flags), config.flags)
-    found = [_best_of(case, lengths, same[sizes]) for same in alike.values() for sizes in _unbeaten(same)]
-    return max(found, key=lambda best: best.tokens_per_s, default=None)
+KINDS = (
+    "dtype", "kv_cache_dtype", "quantization", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size",
+    "speculative_config",
+)  # fmt: skip
+SIZES = ("max_num_seqs", "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "block_size")
+"""Flags that a bound depends on: types, parallelism and drafts; and what decides the batch."""
 
 
-def _sizes(flags: Flags) -> tuple[float, float]:
-    """Sequences and utilisation; vLLM's own default of the first is larger than what people write."""
-    seqs, used = (flags.get(name) for name in SIZES)
-    return (
-        float(seqs) if isinstance(seqs, int) else float("inf"),
-        float(used) if isinstance(used, int | float) else float(Serve().gpu_memory_utilization),
-    )
+def _best(case: _Case, lengths: Lengths, left: Sequence[ServingConfig]) -> dict[bool, Best]:
+    """The best bound over what is left of the space: by False without speculation, by True with every draft accepted.
+
+    The bounds depend on batch and kind alone, and a larger batch is never worse: of each kind the largest counts.
+    """
+    largest: dict[str, tuple[float, Flags]] = {}
+    distinct = {json.dumps([config.flags.get(name) for name in (*KINDS, *SIZES)]): config.flags for config in left}
+    for flags in distinct.values():
+        model = as_loaded(case.question.found.model, flags)
+        batch = _batch_at_most(case, model, flags, settings(flags, model, case.gpu), lengths)
+        kind = json.dumps([flags.get(name) for name in KINDS])
+        if kind not in largest or batch > largest[kind][0]:
+            largest[kind] = batch, flags
+    found: dict[bool, Best] = {}
+    for batch, flags in largest.values():
+        plan = _plan(case, flags)
+        for spec in {False, plan.drafted > 0}:
+            best = _best_of(case, lengths, batch, flags, plan if spec else replace(plan, drafted=0))
+            if spec not in found or best.tokens_per_s > found[spec].tokens_per_s:
+                found[spec] = best
+    return found
 
 
-def _unbeaten(found: Iterable[tuple[float, float]]) -> Iterator[tuple[float, float]]:
-    """Pairs that no other surpasses in both."""
-    most = -1.0
-    for pair in sorted(found, reverse=True):
-        if pair[1] > most:
-            most = pair[1]
-            yield pair
-
-
-def _best_of(case: _Case, lengths: Lengths, flags: Flags) -> Best:
+def _best_of(case: _Case, lengths: Lengths, batch: float, flags: Flags, plan: Plan) -> Best:
     model = as_loaded(case.question.found.model, flags)
-    serve = settings(flags, model, case.gpu)
-    batch = batch_at_most(model, case.ceiling, serve, lengths)
-    at = _bounds_at(model, case.gpu, serve, lengths, max(1, round(batch)))
-    named = {name: flags[name] for name in (*KINDS, *SIZES) if flags.get(name) is not None}
-    rate = at.tokens_per_s / float(lengths.output.mean())
-    return Best(**at.model_dump(), flags=named, max_rate_rps=rate)
+    at = _bounds_at(model, case.gpu, settings(flags, model, case.gpu), lengths, batch, plan)
+    unnamed = () if plan.drafted else ("speculative_config",)
+    named = {name: flags[name] for name in (*KINDS, *SIZES) if flags.get(name) is not None and name not in unnamed}
+    output = lengths.output.min() if lengths.server_decides else lengths.output.mean()
+    return Best(**at.model_dump(), flags=named, drafted=plan.drafted, max_rate_rps=at.tokens_per_s / float(output))
 
 
 def _break_even(case: _Case) -> Iterator[BreakEven]:
@@ -734,6 +802,7 @@ def _pruned(case: _Case) -> tuple[Pruned, list[ServingConfig]]:
         hard=_counts(q, q.configs, hard),
         soft=_counts(q, left, soft),
         baseline=against and f"{against.rule}: {against.message}",
+        asked_for=sum(judge(case.site, config.flags) is None for config in _enqueued(q)),
         nearest=_nearest(case, q.space) if flags and not left else None,
     )
     return answer, left
@@ -763,10 +832,20 @@ def _counts(q: _Question, configs: Sequence[ServingConfig], said: Sequence[Refus
 
 
 def _nearest(case: _Case, space: Space | None) -> str | None:
-    """What the pruner says when nothing is left, with what comes nearest to working."""
-    e = case.question.experiment
-    pruning = e.model_copy(update={"study": e.study.model_copy(update={"prune": True})})
-    return None if space is None else Pruner(pruning, space, case.site).nothing_left()
+    """What the pruner says when nothing is left, with what comes nearest to working; of a drawn space that alone."""
+    q, e = case.question, case.question.experiment
+    if space is None:
+        return None
+    pruner = Pruner(e.model_copy(update={"study": e.study.model_copy(update={"prune": True})}), space, case.site)
+    if pruner.survey() is not None:
+        return pruner.nothing_left()
+    drawn = [config.flags for config in (*q.configs, *_enqueued(q))]
+    return f"the rules rule out all {len(q.configs)} configurations that were drawn.{pruner.nearest(drawn)}"
+
+
+def _enqueued(q: _Question) -> list[ServingConfig]:
+    """What `study.enqueue` asks for, in the space or not."""
+    return [] if q.space is None else [q.space.config(flags) for flags in q.experiment.study.enqueue]
 
 
 # ---- what was measured
@@ -804,7 +883,7 @@ def _left_out(made: Calibration) -> dict[str, int]:
 
 
 def _measurements(case: _Case, calibrations: Sequence[Calibration]) -> list[MeasuredPoint]:
-    peak, bandwidth = case.gpu.peak_flops(UNITS[case.serve.dtype]), case.gpu.memory_bytes_per_s
+    peak, bandwidth = case.gpu.peak_flops(case.units), case.gpu.memory_bytes_per_s
     return [
         MeasuredPoint(
             study=point.study,
@@ -876,7 +955,6 @@ def _expected(case: _Case, made: Calibration, lengths: Lengths) -> Expected:
         tokens_per_s=_interval(found.tokens_per_s),
         saturated=found.saturated,
         beyond=list(found.beyond),
-        simulated=found.simulated,
     )
 
 
@@ -904,7 +982,8 @@ def _cell(case: _Case, flags: Flags) -> Cell:
     there = _memory(case, serve)
     held = max(0.0, float((there.blocks - 1) / there.blocks_each))
     verdict: CellVerdict = "holds" if held >= float(serve.max_num_seqs) else "waits"
-    verdict = verdict if bool(there.fits) else "too small"
+    stack = _verdict(case, room(case.site, flags), there)
+    verdict = verdict if stack == "fits" else "not told" if stack == "not told" else "too small"
     return Cell(
         max_num_seqs=int(serve.max_num_seqs),
         max_model_len=int(serve.max_model_len),

@@ -11,7 +11,8 @@ from varcas.roofline import OpClass
 ANSWER = ConfigDict(extra="forbid", frozen=True)
 Bound = Literal["memory", "compute", "links"]
 Phase = Literal["prefill", "decode"]
-CellVerdict = Literal["refused", "too small", "waits", "holds"]
+Verdict = Literal["fits", "too small", "cannot fit", "not told"]
+CellVerdict = Literal["not told", "refused", "too small", "waits", "holds"]
 
 
 class Spread(BaseModel):
@@ -45,7 +46,9 @@ class WorkloadFacts(BaseModel):
     prompt_tokens: Spread | None
     output_tokens: Spread | None
     shared_tokens: int = Field(description="the longest system prompt that requests share")
-    decode_context: int | None = Field(description="tokens in a sequence's cache, mean over all decode steps")
+    decode_context: int | None = Field(
+        description="tokens in a sequence's cache, mean over all decode steps; the least where the server decides"
+    )
     asked_tokens_per_s: float | None = Field(description="output tokens a second of the rate asked for")
 
 
@@ -53,12 +56,13 @@ class MemoryStack(BaseModel):
     """Where one GPU's memory goes with the baseline, in bytes."""
 
     model_config = ANSWER
-    verdict: Literal["fits", "too small", "cannot fit"] = Field(
-        description="`fits`, `too small`: estimates; `cannot fit`: a bound: weights and one sequence exceed the memory"
+    verdict: Verdict = Field(
+        description="`fits`, `too small`: estimates; `cannot fit`: a bound: weights and one sequence exceed the "
+        "memory; `not told`: a flag is set that the estimates leave out (offloading, for one)"
     )
     total: int = Field(description="what CUDA calls total (within 0.5 %)")
     budget: int = Field(description="gpu_memory_utilization of it")
-    weights: int = Field(description="exact, as vLLM logs them")
+    weights: int = Field(description="exact, as vLLM logs them; of pipeline stages the mean")
     activations: int = Field(description="estimate: peak of a step")
     logits: int = Field(description="estimate: peak of sampling; never at once with activations")
     graphs: int = Field(description="estimate: CUDA graphs; 0 when eager")
@@ -66,7 +70,9 @@ class MemoryStack(BaseModel):
     kv_cache: int = Field(description="estimate: what is left; negative when nothing is")
     rest: int = Field(description="asked for by nobody: beyond the utilisation; 0 when nothing is left")
     kv_tokens: int = Field(description="estimate: `GPU KV cache size` that vLLM will report")
-    kv_tokens_at_most: int = Field(description="bound: with all memory but packed weights")
+    kv_tokens_at_most: int | None = Field(
+        description="bound: with all memory but packed weights, or the cache that is asked for; null: not known"
+    )
     kv_bytes_per_token: float = Field(description="exact")
     full_sequences: float = Field(description="estimate: sequences of max_model_len that the KV cache holds")
     flags: dict[str, JsonValue] = Field(description="max_model_len, max_num_seqs, ... as vLLM resolves them")
@@ -122,7 +128,7 @@ class BoundsAt(BaseModel):
     """What no server beats with so many sequences in a step."""
 
     model_config = ANSWER
-    batch: int
+    batch: float = Field(description="of one engine; the bound of a space needs not be whole")
     possible: bool = Field(description="bound: the KV cache can hold the mean context of so many at once")
     tpot_ms: float = Field(description="bound: median over requests, at least")
     tokens_per_s: float = Field(description="bound: output tokens, prompts' work counted, at most")
@@ -133,12 +139,17 @@ class BoundsAt(BaseModel):
 class Best(BoundsAt):
     """The best such bound over all configurations of the space that no hard rule refuses."""
 
+    drafted: int = Field(description="tokens that a step drafts, every one accepted and free; 0: without speculation")
+
     flags: dict[str, JsonValue] = Field(description="that the bound is of, as far as they bear on it")
     max_rate_rps: float = Field(description="bound: requests a second of this workload, at most")
 
 
 class Latency(BaseModel):
-    """Least times of the workload's requests, each alone on the GPU, in ms."""
+    """Least times of the workload's requests, each alone on the GPU, in ms.
+
+    Where the server decides which requests come, every quantile is the least of all.
+    """
 
     model_config = ANSWER
     ttft_p50_ms: float
@@ -187,6 +198,7 @@ class Pruned(BaseModel):
     space_size: int | None = Field(description="null: continuous")
     judged: int = Field(description="all of it, or so many drawn")
     refused: int
+    asked_for: int = Field(description="configurations of `study.enqueue` that no hard rule refuses")
     hard: list[RuleCount]
     soft: list[RuleCount] = Field(description="among those that no hard rule refuses")
     baseline: str | None = Field(description="what the rules say against the baseline, which is never pruned")
@@ -260,7 +272,6 @@ class Expected(BaseModel):
     tokens_per_s: Interval
     saturated: bool = Field(description="the rate is more than the server can take")
     beyond: list[str] = Field(description="in what it leaves what was measured")
-    simulated: bool
 
 
 class GpuRoofline(BaseModel):
@@ -270,8 +281,10 @@ class GpuRoofline(BaseModel):
     gpu: str
     asked: str = Field(description="the name it was asked for by; `ceiling` is the best of that name's variants")
     measured: bool = Field(description="a probed CPU: all bounds are estimates")
-    gpus_per_server: int = Field(description="tensor parallelism of the baseline; figures of memory are of one GPU")
-    units: str = Field(description="type that the baseline computes in")
+    gpus_per_server: int = Field(
+        description="of the baseline: tensor x pipeline x data parallel; figures of memory are of one GPU"
+    )
+    units: str = Field(description="type of the units that do most of the baseline's matrices")
     peak_flops: float
     memory_bytes_per_s: float
     ridge: float = Field(description="FLOP/byte above which compute is the limit")
@@ -287,10 +300,15 @@ class GpuRoofline(BaseModel):
     )
     classes: list[ClassShare]
     compute_bound: list[ComputeBound]
-    latency: Latency | None
+    latency: Latency | None = Field(description="bound: without speculation")
+    latency_drafted: Latency | None = Field(
+        description="bound: the same with every draft accepted, of the most that the space drafts; null: it drafts none"
+    )
     slo: list[SloBound]
     bounds: list[BoundsAt]
-    best: Best | None
+    best: Best | None = Field(description="bound: without speculation; null: nothing is left")
+    best_drafted: Best | None = Field(description="bound: with every draft accepted; null: nothing left drafts")
+    untold: int = Field(description="configurations left that no bound covers: a flag is set that is not described")
     speculation: list[BreakEven]
     pruned: Pruned
     region: list[Cell]
@@ -313,5 +331,6 @@ class Roofline(BaseModel):
 
     @property
     def has_answer(self) -> bool:
-        """On some GPU some configuration of the space is left."""
-        return any(gpu.pruned.refused < gpu.pruned.judged or not gpu.pruned.judged for gpu in self.gpus)
+        """On some GPU some configuration of the space, or one that `study.enqueue` asks for, is left."""
+        said = [gpu.pruned for gpu in self.gpus]
+        return any(some.refused < some.judged or some.asked_for or not some.judged for some in said)

@@ -123,8 +123,9 @@ def _memory_lines(stack: MemoryStack) -> Iterator[str]:
         "not asked for": stack.rest,
     }
     yield f"  {stack.total / GIB:.2f} GiB = " + " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    most = "not told" if stack.kv_tokens_at_most is None else f"{stack.kv_tokens_at_most:,}"
     yield (
-        f"  KV cache: {stack.kv_tokens:,} tokens ~ (at most {stack.kv_tokens_at_most:,}), "
+        f"  KV cache: {stack.kv_tokens:,} tokens ~ (at most {most}), "
         f"{stack.kv_bytes_per_token / 1024:.4g} KiB each: {stack.full_sequences:.3g} sequences of full length"
     )
 
@@ -189,25 +190,36 @@ def _bounds_table(gpu: GpuRoofline) -> Table:
 def _bound_cells(at: BoundsAt) -> tuple[str, ...]:
     beyond = "" if at.possible else "more than the KV cache holds"
     figures = (at.tpot_ms, at.tokens_per_s, at.usd_per_m_tokens, at.joules_per_token)
-    return (str(at.batch), *map(number, figures), beyond)
+    return (number(at.batch), *map(number, figures), beyond)
 
 
 def _best_lines(gpu: GpuRoofline) -> Iterator[str]:
-    if (best := gpu.best) is not None:
-        flags = " ".join(f"{name}={value}" for name, value in best.flags.items())
+    for best in (gpu.best, gpu.best_drafted):
+        if best is not None:
+            flags = " ".join(f"{name}={value}" for name, value in best.flags.items())
+            yield (
+                f"no configuration of the space gives more than {number(best.tokens_per_s)} tokens/s, "
+                f"{number(best.max_rate_rps)} requests/s {_drafting(best.drafted > 0)} "
+                f"({number(best.batch)} sequences in a step; {flags})"
+            )
+    if gpu.untold:
+        yield f"{gpu.untold:,} configurations set flags that no bound here covers"
+    for latency in (gpu.latency, gpu.latency_drafted):
+        if latency is None:
+            continue
         yield (
-            f"no configuration of the space gives more than {number(best.tokens_per_s)} tokens/s, "
-            f"{number(best.max_rate_rps)} requests/s ({best.batch} sequences in a step; {flags})"
-        )
-    if (latency := gpu.latency) is not None:
-        yield (
-            f"alone on the GPU: TTFT ≥ {number(latency.ttft_p50_ms)} ms (p95 {number(latency.ttft_p95_ms)}), "
+            f"alone on the GPU {_drafting(latency is gpu.latency_drafted)}: "
+            f"TTFT ≥ {number(latency.ttft_p50_ms)} ms (p95 {number(latency.ttft_p95_ms)}), "
             f"TPOT ≥ {number(latency.tpot_p50_ms)} ms (p95 {number(latency.tpot_p95_ms)})"
         )
     for slo in gpu.slo:
         least = "not known" if slo.least_ms is None else f"≥ {number(slo.least_ms)} ms"
         met = slo.least_ms is None or slo.least_ms <= slo.limit_ms
         yield f"SLO {slo.key} of {slo.limit_ms:g} ms: {least}{'' if met else ': cannot be met'}"
+
+
+def _drafting(drafts: bool) -> str:
+    return "with every draft accepted and free, which no speculation reaches" if drafts else "without speculation"
 
 
 def _speculation_lines(found: Sequence[BreakEven]) -> Iterator[str]:
@@ -250,11 +262,11 @@ def _measured(gpu: GpuRoofline) -> Iterator[RenderableType]:
     for attained in gpu.attained:
         yield Text(("SIMULATED: " if attained.simulated else "measured: ") + attained.words)
     if (expected := gpu.expected) is not None:
-        known = "SIMULATED rows" if expected.simulated else expected.source
         beyond = f"; beyond what was measured: {', '.join(expected.beyond)}" if expected.beyond else ""
         yield Text(
-            f"estimate for the baseline ({expected.basis}: {known}{beyond}): TPOT {_range(expected.tpot_ms)} ms, TTFT "
-            f"{_range(expected.ttft_ms)} ms, {_range(expected.tokens_per_s)} tokens/s"
+            f"estimate for the baseline ({expected.basis}: {expected.source}{beyond}): "
+            f"TPOT {_range(expected.tpot_ms)} ms, TTFT {_range(expected.ttft_ms)} ms, "
+            f"{_range(expected.tokens_per_s)} tokens/s"
             + (": it falls behind at this rate" if expected.saturated else "")
         )
 
@@ -270,7 +282,7 @@ def _foot(answer: Roofline, one: bool) -> Iterator[str]:
     version = f"vLLM {answer.engine_version}" if answer.engine_version else "no version"
     yield (
         f"≥ and ≤: bounds, at datasheet peaks; ~: estimates; AI: arithmetic intensity, FLOP/byte. Rules of {version}. "
-        "tokens/s, $/M and J are of the best of the space. docs/roofline.md has every formula."
+        "tokens/s, $/M and J are of the best of the space, all without speculation. docs/roofline.md has every formula."
     )
     if unsure := sorted({f"{gpu.gpu}: {', '.join(gpu.unverified)}" for gpu in answer.gpus if gpu.unverified}):
         yield f"not confirmed by a second source: {'; '.join(unsure)}"

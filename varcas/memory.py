@@ -10,6 +10,7 @@ For hard rules take `floor_bytes` against `GpuSpec.memory_bytes`: a lower bound 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +45,13 @@ COLLECTIVES_BYTES = 700 * 2**20
 """Estimate: NCCL and the custom all-reduce's buffers, with more than one GPU."""
 GRAPH_BYTES_A_LAYER = 0.26 * 2**20
 """Estimate: of a captured size, a layer. Logs of vLLM show about 0.55 GiB for 32 layers and 67 sizes."""
-CPU_RUNTIME_BYTES = 900 * 2**20
+CPU_RUNTIME_BYTES = 640 * 2**20
 """Estimate: of the CPU build's worker, resident beside weights: Python, torch and vLLM."""
+CPU_LEFTOVER_BYTES = 480 * 2**20
+"""Estimate: the most that glibc keeps of what was freed when weights were packed; half of small models' weights.
+
+Both fitted to six servers (docs/roofline_evidence.md), where one with many matrices below 32 MiB kept 650 MiB more.
+"""
 LOGIT_BYTES = 14
 """Estimate of the sampler's peak a logit: the model's type, an fp32 copy, probabilities, one more copy."""
 
@@ -64,6 +70,7 @@ class Serve:
         block_size: tokens in a block.
         enforce_eager: no CUDA graphs.
         tensor_parallel_size: GPUs that share the weights.
+        pipeline_parallel_size: stages that share the layers; a stage is reckoned as their mean.
         num_gpu_blocks_override: blocks, whatever the memory.
         kv_cache_memory_bytes: of the KV cache, whatever the utilisation.
         disable_hybrid_kv_cache_manager: windows save no memory.
@@ -79,6 +86,7 @@ class Serve:
     block_size: int = 16
     enforce_eager: bool = False
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     num_gpu_blocks_override: int | None = None
     kv_cache_memory_bytes: int | None = None
     disable_hybrid_kv_cache_manager: bool = False
@@ -139,10 +147,11 @@ def memory(model: ModelSpec, gpu: GpuSpec, serve: Serve) -> Memory:
         InputError: a `kv_cache_dtype` that is not described here.
     """
     budget = _floats(serve.gpu_memory_utilization) * gpu.cuda_bytes
-    weights = _floats(loaded_bytes(model, serve, gpu))
+    weights = _floats(loaded_bytes(model, serve, gpu) / serve.pipeline_parallel_size)
     peak_forward, peak_logits = activation_bytes(model, serve), logit_bytes(model, serve)
     graphs = graph_bytes(model, serve)
-    extra = _floats(OVERHEAD_BYTES + (COLLECTIVES_BYTES if serve.tensor_parallel_size > 1 else 0))
+    several = serve.tensor_parallel_size * serve.pipeline_parallel_size > 1
+    extra = _floats(OVERHEAD_BYTES + (COLLECTIVES_BYTES if several else 0))
     left = budget - weights - extra - graphs - np.maximum(peak_forward, peak_logits)
     if serve.kv_cache_memory_bytes is not None:
         left = np.full_like(left, serve.kv_cache_memory_bytes)
@@ -163,7 +172,8 @@ def cpu_memory(model: ModelSpec, serve: Serve, total_bytes: int, runtime_bytes: 
     """
     budget = np.ceil(_floats(serve.gpu_memory_utilization) * total_bytes)
     weights = _floats(model.weight_bytes(serve.dtype, serve.tensor_parallel_size) + rotary_bytes(model, serve))
-    zero, extra = np.zeros_like(budget), _floats(runtime_bytes + packed_output_bytes(model, serve))
+    zero, kept = np.zeros_like(budget), np.minimum(weights / 2, CPU_LEFTOVER_BYTES)
+    extra = _floats(runtime_bytes + packed_output_bytes(model, serve) + kept)
     left = budget - weights - extra
     if serve.kv_cache_memory_bytes is not None:
         left = np.full_like(left, serve.kv_cache_memory_bytes)
@@ -185,15 +195,17 @@ def floor_bytes(model: ModelSpec, serve: Serve) -> Floats:
 
     A lower bound: no peak, no graphs, no overhead, no rounding but the blocks'.
     """
-    weights = model.weight_bytes(serve.dtype, serve.tensor_parallel_size)
+    weights = model.weight_bytes(serve.dtype, serve.tensor_parallel_size) / serve.pipeline_parallel_size
     return weights + block_bytes(model, serve) * blocks_each(model, serve)
 
 
-def ceiling_kv_tokens(model: ModelSpec, gpu: GpuSpec, serve: Serve) -> Floats:
-    """The most KV tokens there can be: all memory that is soldered on, less packed weights. An upper bound."""
-    left = gpu.memory_bytes * _floats(serve.gpu_memory_utilization)
-    left = np.maximum(left - model.weight_bytes(serve.dtype, serve.tensor_parallel_size), 0)
-    return _tokens(np.floor(left / block_bytes(model, serve)), blocks_each(model, serve), serve)
+def ceiling_kv_tokens(model: ModelSpec, cache_bytes: Number, serve: Serve) -> Floats:
+    """The most KV tokens that `cache_bytes` on each GPU hold. An upper bound where these are (`rules.room`).
+
+    Of pipeline stages the one with least room decides, so no more than their mean.
+    """
+    blocks = np.floor(np.maximum(_floats(cache_bytes), 0) / block_bytes(model, serve))
+    return _tokens(blocks, blocks_each(model, serve), serve)
 
 
 def loaded_bytes(model: ModelSpec, serve: Serve, gpu: GpuSpec | None = None) -> int:
@@ -285,7 +297,8 @@ def _widest(kinds: tuple[Attention, ...]) -> Attention:
 def block_bytes(model: ModelSpec, serve: Serve) -> float:
     """Bytes of one block in all layers of a group: `_get_kv_cache_bytes_per_block`, `v1/core/kv_cache_utils.py`."""
     size, groups = _groups(model, serve)
-    return size * serve.block_size * max(layer_kv_bytes(kind, serve) for kind, _ in groups)
+    width = max(layer_kv_bytes(kind, serve) for kind, _ in groups)
+    return size * serve.block_size * width / serve.pipeline_parallel_size
 
 
 def blocks_each(model: ModelSpec, serve: Serve) -> Floats:
@@ -337,7 +350,11 @@ def graph_bytes(model: ModelSpec, serve: Serve) -> Floats:
     top = np.minimum(np.minimum(2 * _floats(serve.max_num_seqs), 512), _floats(serve.max_num_batched_tokens))
     small = np.minimum(3, 1 + np.floor(np.log2(np.maximum(top, 1))))
     sizes = small + np.floor(np.minimum(top, 255) / 8) + np.maximum(0, np.floor((top - 256) / 16) + 1)
-    return np.zeros_like(sizes) if serve.enforce_eager else sizes * model.num_layers * GRAPH_BYTES_A_LAYER
+    return (
+        np.zeros_like(sizes)
+        if serve.enforce_eager
+        else sizes * model.num_layers / serve.pipeline_parallel_size * GRAPH_BYTES_A_LAYER
+    )
 
 
 def _filled(
@@ -374,14 +391,17 @@ def settings(flags: Mapping[str, Any], model: ModelSpec, gpu: GpuSpec) -> Serve:
         flags: of a configuration, as vLLM spells them; those that do not bear on memory are ignored.
         model: whose `dtype` and length are the defaults.
         gpu: `measured` for a CPU.
+
+    Raises:
+        InputError: a number that vLLM does not read, or one that it finds at start alone (`max_model_len: auto`).
     """
-    ranks = int(flags.get("tensor_parallel_size") or 1)
+    ranks = whole(flags, "tensor_parallel_size") or 1
     tokens, seqs = _batch_defaults(gpu, ranks)
-    length = flags.get("max_model_len") or model.max_position
-    seqs_given, tokens_given = flags.get("max_num_seqs"), flags.get("max_num_batched_tokens")
-    seqs = int(seqs_given) if seqs_given else seqs
+    length = whole(flags, "max_model_len") or model.max_position
+    seqs_given, tokens_given = whole(flags, "max_num_seqs"), whole(flags, "max_num_batched_tokens")
+    seqs = seqs_given or seqs
     if tokens_given:
-        tokens = int(tokens_given)
+        tokens = tokens_given
     else:
         tokens = max(tokens, length) if flags.get("enable_chunked_prefill") is False else tokens
         tokens = min(seqs * length, tokens)
@@ -391,15 +411,67 @@ def settings(flags: Mapping[str, Any], model: ModelSpec, gpu: GpuSpec) -> Serve:
         max_model_len=length,
         max_num_seqs=seqs if seqs_given else min(seqs, tokens),
         max_num_batched_tokens=tokens,
-        gpu_memory_utilization=flags.get("gpu_memory_utilization", 0.92),
-        block_size=int(flags.get("block_size") or _block_size(model, gpu)),
+        gpu_memory_utilization=_share(flags),
+        block_size=whole(flags, "block_size") or _block_size(model, gpu),
         enforce_eager=bool(flags.get("enforce_eager", False)),
         tensor_parallel_size=ranks,
-        num_gpu_blocks_override=flags.get("num_gpu_blocks_override"),
-        kv_cache_memory_bytes=flags.get("kv_cache_memory_bytes"),
+        pipeline_parallel_size=whole(flags, "pipeline_parallel_size") or 1,
+        num_gpu_blocks_override=whole(flags, "num_gpu_blocks_override"),
+        kv_cache_memory_bytes=whole(flags, "kv_cache_memory_bytes"),
         disable_hybrid_kv_cache_manager=bool(flags.get("disable_hybrid_kv_cache_manager")),
         concurrent_batches=1 if gpu.measured or flags.get("async_scheduling") is False else 2,
     )
+
+
+MULTIPLES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+SUFFIXED = ("max_model_len", "max_num_batched_tokens", "kv_cache_memory_bytes")
+"""Flags that vLLM's command line takes with such a suffix."""
+
+
+def whole(flags: Mapping[str, Any], name: str) -> int | None:
+    """A positive integer as vLLM's command line reads it: `2k` is 2000, `2K` 2048; None where none is given.
+
+    Source: `human_readable_int`, vLLM `utils/argparse_utils.py`.
+
+    Raises:
+        InputError: it is none, or -1 or `auto`, which vLLM finds at start.
+    """
+    value = flags.get(name)
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    if isinstance(value, str) and (match := re.fullmatch(r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", value.strip())):
+        number, suffix = match.groups()
+        if (suffix.islower() or "." not in number) and (not suffix or name in SUFFIXED):
+            found = int(float(number) * MULTIPLES[suffix]) if "." in number else int(number) * MULTIPLES.get(suffix, 1)
+            if found > 0:
+                return found
+    if str(value).strip().lower() in ("-1", "auto"):
+        raise InputError(f"{name}: {value!r}: vLLM finds it at start alone. Give a number, e.g. {name}: 2048.")
+    allowed = " or a text like 2k (2000) or 2K (2048)" if name in SUFFIXED else ""
+    raise InputError(f"{name}: {value!r}: is no positive integer. Write one{allowed}, e.g. {name}: 2048.")
+
+
+def cpu_cache_bytes(env: Mapping[str, str]) -> int | None:
+    """Bytes that `VLLM_CPU_KVCACHE_SPACE` gives the CPU build's KV cache; None without it, or where it is empty.
+
+    Source: `CpuPlatform.check_and_update_config`, vLLM `platforms/cpu.py`: an integer of GiB.
+
+    Raises:
+        InputError: it is no integer.
+    """
+    space = env.get("VLLM_CPU_KVCACHE_SPACE", "").strip()
+    if space and not space.isdecimal():
+        raise InputError(f"VLLM_CPU_KVCACHE_SPACE: {space!r}: is no integer of GiB, and vLLM refuses it. Write e.g. 4.")
+    return int(space) * GIB if space else None
+
+
+def _share(flags: Mapping[str, Any]) -> float:
+    share = flags.get("gpu_memory_utilization")
+    if share is None:
+        return 0.92
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise InputError(f"gpu_memory_utilization: {share!r}: is no number. Write one above 0 and at most 1, e.g. 0.9.")
+    return float(share)
 
 
 def _batch_defaults(gpu: GpuSpec, ranks: int) -> tuple[int, int]:

@@ -132,11 +132,6 @@ class Attention:
         copies = self.kv_heads % ranks == 0 if self.kv_heads >= ranks else ranks % self.kv_heads == 0
         return self.heads % ranks == 0 and (copies or bool(self.latent_dim))
 
-    @property
-    def cached_elements(self) -> int:
-        """Numbers that one layer caches for one token."""
-        return self.latent_dim or self.kv_heads * (self.head_dim + self.value_dim)
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -161,7 +156,6 @@ class ModelSpec:
         vocab_size: rows of the embedding, unpadded.
         max_position: longest context of `config.json`.
         rotary_dim: of a head, rotated.
-        widest: outputs of the widest matrix that a token's activations go through.
         attention: kinds of attention, with the number of layers of each.
         weights: every tensor.
         tied: the output projection is the embedding.
@@ -179,7 +173,6 @@ class ModelSpec:
     vocab_size: int
     max_position: int
     rotary_dim: int
-    widest: int
     attention: tuple[Attention, ...]
     weights: tuple[Weight, ...]
     tied: bool
@@ -440,7 +433,6 @@ def _spec(
         ends.append(Weight("", (vocab,), "logits", shape.hidden, split="vocab", bias=head_bias))
     rotary = float(config.values.get("partial_rotary_factor") or 1)
     rope_dim = config.values.get("qk_rope_head_dim") or int(shape.head_dim * rotary)
-    wide = [w.outputs for w in weights if w.inputs and w.op in ("attention", "mlp", "moe")]
     return ModelSpec(
         name=name,
         family=family,
@@ -450,7 +442,6 @@ def _spec(
         vocab_size=shape.vocab,
         max_position=config.number("max_position_embeddings"),
         rotary_dim=int(rope_dim),
-        widest=max(wide),
         attention=attention,
         weights=(*ends, *weights),
         tied=tied,

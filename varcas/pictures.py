@@ -116,7 +116,7 @@ def roofline_chart(answer: Roofline, gpu: GpuRoofline) -> Any:
         layers.append(_measured_marks(measured, x, y))
     chart = alt.layer(*layers).properties(width=WIDTH, height=HEIGHT).interactive()
     kind = "estimates: the CPU was probed" if gpu.measured else "bounds at datasheet peaks"
-    lines = [f"Line and points: {kind}; hollow triangles: estimate (16-bit weights, nothing fused)."]
+    lines = [f"Line and points: {kind}; hollow triangles: estimate (16-bit weights and units, nothing fused)."]
     return _finished(chart, f"Roofline: {_about(answer, gpu)}", *lines, _measured_words(gpu))
 
 
@@ -155,7 +155,7 @@ def _rows(gpu: GpuRoofline, points: Sequence[Point], series: str, side: str, wor
     """Points as data."""
     rows: Rows = []
     for point in points:
-        attained = min(point.intensity * gpu.memory_bytes_per_s, gpu.peak_flops)
+        attained = point.flops / point.seconds  # with classes of other units a little off the line
         rows.append(
             {
                 "series": series,
@@ -406,6 +406,7 @@ VERDICTS = {
     "waits": ("starts; at full length only so many have room, others wait", "#d9d9d9"),
     "too small": ("does not start: KV cache too small", "#969696"),
     "refused": ("refused by a hard rule", "#404040"),
+    "not told": ("not told: a flag is set that the estimates leave out", "#f4f4f4"),
 }
 
 
@@ -443,7 +444,13 @@ def region_chart(answer: Roofline, gpu: GpuRoofline) -> Any:
 
 
 def _region_row(cell: Cell) -> dict[str, Any]:
-    words = {"holds": "all", "waits": f"{cell.sequences:.3g}", "too small": "no start", "refused": "refused"}
+    words = {
+        "not told": "?",
+        "holds": "all",
+        "waits": f"{cell.sequences:.3g}",
+        "too small": "no start",
+        "refused": "refused",
+    }
     return {
         "max_num_seqs": cell.max_num_seqs,
         "max_model_len": cell.max_model_len,

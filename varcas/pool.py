@@ -61,6 +61,8 @@ class Slots:
     gpu: str
     cpus_per_gpu: float
     resources: Mapping[str, float]
+    num_nodes: int = 1
+    """That have them."""
 
 
 class LostServiceError(VarcasError):
@@ -355,7 +357,7 @@ def _slots(hardware: Hardware, cluster: Mapping[str, float], nodes: list[Any]) -
         raise InputError(f"hardware.gpu: {gpu!r}: the nodes with {', '.join(resources)} have no GPU as Ray sees them.")
     gpus = [int(node["GPU"]) for node in usable]
     cpus = min(node.get("CPU", 1.0) / node["GPU"] for node in usable)
-    return Slots(min(hardware.count, sum(gpus)), max(gpus), True, gpu, float(max(1, int(cpus))), resources)
+    return Slots(min(hardware.count, sum(gpus)), max(gpus), True, gpu, float(max(1, int(cpus))), resources, len(usable))
 
 
 def _nodes_with(nodes: list[Any], resources: Mapping[str, float]) -> list[dict[str, float]]:

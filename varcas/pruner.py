@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.node import NodeFacts, config_text, other_models
 from varcas.errors import InputError
-from varcas.experiment import Choices, Experiment, Range
+from varcas.experiment import Choices, Experiment, Range, Workload
 from varcas.gpus import GIB, GpuSpec, ceiling, installed, variants
 from varcas.model import ModelSpec, from_config
 from varcas.records import ScheduledRequest, TrialRow
@@ -33,9 +33,11 @@ OTHER_REASONS = frozenset({VLLM_REFUSES, NEEDS_MORE_GPUS})
 JUDGED_AT_MOST = 100_000
 """Larger spaces are judged proposal by proposal: listing and judging so many takes some 3 s."""
 SLO = "slo_out_of_reach"
+BY_SHARE = frozenset(("weights_do_not_fit", "sequence_does_not_fit"))
+"""Rules that a larger `gpu_memory_utilization` satisfies."""
 FAILURE_KINDS = {
-    **dict.fromkeys(("slo_ttft", "slo_tpot", "slo_itl", "slo_e2e", "slo_norm"), SLO),
-    **dict.fromkeys(("weights_do_not_fit", "given_cache_beyond_memory"), "out_of_memory"),
+    **dict.fromkeys(("slo_ttft", "slo_tpot", "slo_e2e", "slo_norm"), SLO),
+    **dict.fromkeys(("weights_beyond_memory", "weights_do_not_fit", "given_cache_beyond_memory"), "out_of_memory"),
     **dict.fromkeys(
         ("sequence_does_not_fit", "given_cache_too_small", "blocks_too_few", "cpu_share_too_small"),
         "kv_cache_too_small",
@@ -84,7 +86,7 @@ class Survey:
         left: parameters of those that may work, by content hash; the baseline among them.
         by_rule: how many each rule rules out, most first.
         first: the first refusal of each rule.
-        whole: every one is ruled out, the baseline too where it lies in the space.
+        whole: every one is ruled out, and the baseline too, wherever it lies.
         audits: those to be started all the same, in order.
     """
 
@@ -104,6 +106,7 @@ class Audit:
     config_hash: str
     params_json: str
     config_json: str
+    rule: str
 
 
 class Pruner:
@@ -187,9 +190,10 @@ class Pruner:
             count[refusal.rule] += 1
             first.setdefault(refusal.rule, refusal)
             if (draw := audit_draw(self._study.seed, key)) < self._study.audit_frac:
-                audits.append(_audit(draw, config, params))
-        whole = bool(points) and all(refusal is not None for refusal in refusals)
-        return Survey(size, left, dict(count.most_common()), first, whole, tuple(sorted(audits)))
+                audits.append(_audit(draw, config, params, refusal.rule))
+        against = self.says(self._space.config(self._experiment.baseline))
+        whole = bool(points) and against is not None and all(refusal is not None for refusal in refusals)
+        return Survey(size, left, dict(count.most_common()), first, whole, tuple(_spread(audits)))
 
     def nothing_left(self) -> str | None:
         """Why no configuration can work, by rule and with what comes nearest; None while one may."""
@@ -200,10 +204,10 @@ class Pruner:
         why = "; ".join(
             f"{count} by {rule}, for one: {survey.first[rule].message}" for rule, count in survey.by_rule.items()
         )
-        configs = [config.flags for config in (*self._space.configs(), *named)]
-        return f"the rules rule out all {survey.size} configurations of the space: {why}.{self._nearest(configs)}"
+        configs = [config.flags for config in (*self._space.configs(), *named)]  # the baseline is as bad
+        return f"the rules rule out all {survey.size} configurations of the space: {why}.{self.nearest(configs)}"
 
-    def _nearest(self, configs: Sequence[Mapping[str, JsonValue]]) -> str:
+    def nearest(self, configs: Sequence[Mapping[str, JsonValue]]) -> str:
         """What would have to change, as far as physics goes."""
         feasible = nearest_feasible(self._site, configs)
         found = [
@@ -214,8 +218,14 @@ class Pruner:
         there = self._site.gpu.memory_bytes if self._site.gpu is not None else None
         if feasible.gpu_memory_bytes is not None and there is not None and feasible.gpu_memory_bytes > there:
             found.append(f"a GPU with {_rounded_up(feasible.gpu_memory_bytes / GIB)} GiB (now {there / GIB:.4g})")
+        elif feasible.share is not None and BY_SHARE & self._rules_of(configs):
+            longest = f", or max_model_len {feasible.max_model_len}" if feasible.max_model_len else ""
+            found.append(f"gpu_memory_utilization {_rounded_up(feasible.share)}{longest}")
         nearest = f" The nearest that physics allows: {' and '.join(found)}." if found else ""
         return f"{nearest} To start them all the same: `study: {{prune: false}}`."
+
+    def _rules_of(self, configs: Sequence[Mapping[str, JsonValue]]) -> set[str]:
+        return {refusal.rule for refusal in self._judged(configs) if refusal is not None}
 
     # audits
 
@@ -250,7 +260,7 @@ class Pruner:
 
     def _open_audits(self) -> Iterator[Audit]:
         survey = self.survey()
-        for audit in sorted(self._proposed) if survey is None else survey.audits:
+        for audit in _spread(self._proposed) if survey is None else survey.audits:
             if audit.config_hash not in self._tried and audit.config_hash not in self._running:
                 yield audit
 
@@ -269,15 +279,17 @@ class Pruner:
             if self._lost[row.config_hash] > self._study.max_retries:
                 self._tried.add(row.config_hash)
         else:
-            self._num_audits += row.purpose == "audit"
+            self._num_audits += row.purpose == "audit" and row.state != "infeasible"  # the validator refused: no start
             self._tried.add(row.config_hash)
         return self._refuted(row) if row.state == "complete" else []
 
     def _note_proposed(self, row: TrialRow) -> None:
         if self.survey() is None and self.audited(config := self._config(row)):
-            draw = audit_draw(self._study.seed, row.config_hash)
-            audit = _audit(draw, config, json.loads(row.params_json))
-            if audit not in self._proposed and self.verdict(config) is not None:
+            draw, refusal = audit_draw(self._study.seed, row.config_hash), self.verdict(config)
+            if refusal is None:
+                return
+            audit = _audit(draw, config, json.loads(row.params_json), refusal.rule)
+            if audit not in self._proposed:
                 self._proposed.append(audit)
 
     def _refuted(self, row: TrialRow) -> list[str]:
@@ -313,12 +325,22 @@ class Pruner:
 
 def refutations(rows: Iterable[TrialRow]) -> list[str]:
     """What the rows of a study say of rules that were found wrong."""
-    return [text for row in rows if row.audited_rule for text in row.warnings if text.startswith("rule ")]
+    return [text for row in rows for text in row.warnings if text.startswith("rule ")]
 
 
-def _audit(draw: float, config: ServingConfig, params: Params) -> Audit:
+def _audit(draw: float, config: ServingConfig, params: Params, rule: str) -> Audit:
     flags = json.dumps(dict(config.flags), sort_keys=True)
-    return Audit(draw, config.hash, json.dumps(params, sort_keys=True), flags)
+    return Audit(draw, config.hash, json.dumps(params, sort_keys=True), flags, rule)
+
+
+def _spread(audits: Iterable[Audit]) -> list[Audit]:
+    """By their draws, but one of each rule in turn."""
+    turn: Counter[str] = Counter()
+    order = []
+    for audit in sorted(audits):
+        order.append((turn[audit.rule], audit))
+        turn[audit.rule] += 1
+    return [audit for _, audit in sorted(order)]
 
 
 def _rounded_up(number: float) -> str:
@@ -337,6 +359,7 @@ def site_of(
     *,
     on_cpu: bool = False,
     gpus_per_node: int | None = None,
+    model_config: str | None = None,
 ) -> Site:
     """What all configurations of an experiment share.
 
@@ -346,8 +369,10 @@ def site_of(
         gpu: upper bounds of what there is (`gpu_at_best`); None when unknown.
         on_cpu: servers run on the CPU.
         gpus_per_node: that one server can have.
+        model_config: text of the model's `config.json` where there are no facts.
     """
-    text = facts.model_config if facts is not None else config_text(str(Path(experiment.model).expanduser()))
+    here = model_config or config_text(str(Path(experiment.model).expanduser()))
+    text = facts.model_config if facts is not None else here
     config = _json_mapping(text)
     model = _described(config, experiment.model)
     prompts, outputs, shared, drawn_for = _lengths(experiment, model) if experiment.slo else ((), (), 0, None)
@@ -420,8 +445,8 @@ def _lengths(experiment: Experiment, model: ModelSpec | None) -> _Lengths:
     drawn_for = None if same else given if isinstance(given, int) else 0
     if not drawn or any(request.prompt is not None for request in drawn):  # the server counts the tokens of texts
         return (), (), 0, drawn_for
-    shared = [_cached_tokens(request) for request in drawn]
-    if workload.arrives.users is not None or any(request.turn for request in drawn):
+    shared = [cached_tokens(request) for request in drawn]
+    if server_decides(workload, drawn):
         fresh = min(max(1, request.prompt_tokens - cached) for request, cached in zip(drawn, shared, strict=True))
         return (fresh,), (min(request.output_tokens for request in drawn),), 0, drawn_for
     return [r.prompt_tokens for r in drawn], [r.output_tokens for r in drawn], shared, drawn_for
@@ -436,7 +461,12 @@ def _drawn(experiment: Experiment, max_len: int | None) -> tuple[ScheduledReques
         return ()
 
 
-def _cached_tokens(request: ScheduledRequest) -> int:
+def server_decides(workload: Workload, drawn: Iterable[ScheduledRequest]) -> bool:
+    """Whether the server's speed decides which requests come: with users in a closed loop, and with later turns."""
+    return workload.arrives.users is not None or any(request.turn for request in drawn)
+
+
+def cached_tokens(request: ScheduledRequest) -> int:
     """The most of a prompt that other requests may have left in the prefix cache."""
     return request.prompt_tokens if request.blocks else request.prefix_tokens
 

@@ -130,6 +130,8 @@ def _awq(config: Mapping[str, Any]) -> Quantisation:
 
 def _gptq(config: Mapping[str, Any]) -> Quantisation:
     """Symmetric GPTQ drops its zero points after loading (`MarlinLinearKernel`: `marlin_make_empty`)."""
+    if "24" in str(config.get("checkpoint_format")):
+        raise InputError("quantization_config.checkpoint_format: sparse (2:4) weights are not described here.")
     bits, act_order = int(config.get("bits", 4)), bool(config.get("desc_act", False))
     return Quantisation(
         "gptq",
@@ -158,6 +160,9 @@ def _bnb(config: Mapping[str, Any]) -> Quantisation:
 
 
 def _compressed(config: Mapping[str, Any]) -> Quantisation:
+    """Sparse weights take less memory and time than is reckoned here."""
+    if config.get("sparsity_config") or "24" in str(config.get("format")):
+        raise InputError("quantization_config.sparsity_config: sparse (2:4) weights are not described here.")
     groups = list((config.get("config_groups") or {}).values())
     if len({repr((group.get("weights"), group.get("input_activations"))) for group in groups}) != 1:
         raise InputError(

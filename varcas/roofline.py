@@ -51,10 +51,9 @@ class Work:
         """FLOP/byte."""
         return _floats(self.flops / self.bytes)
 
-    def seconds(self, gpu: GpuSpec, ceiling: bool = False) -> Floats:
-        """The least time it takes: its roofline. `ceiling` takes the fastest units there are, for hard rules."""
-        peak = gpu.ceiling_flops(self.dtype) if ceiling else gpu.peak_flops(self.dtype)
-        return np.maximum(self.flops / peak, self.bytes / gpu.memory_bytes_per_s)
+    def seconds(self, gpu: GpuSpec) -> Floats:
+        """The least time it takes: its roofline."""
+        return np.maximum(self.flops / gpu.peak_flops(self.dtype), self.bytes / gpu.memory_bytes_per_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,23 +81,28 @@ class Step:
         return _total([work.bytes for work in self.classes.values()])
 
     @property
+    def units(self) -> str:
+        """Type of the units that do most of the matrices' work."""
+        matrices = [work for name, work in self.classes.items() if name != "attention_scores"]
+        return max(matrices, key=lambda work: float(np.max(work.flops))).dtype
+
+    @property
     def intensity(self) -> Floats:
         """FLOP/byte of the whole step."""
         return _floats(self.flops / self.bytes)
 
-    def compute_seconds(self, gpu: GpuSpec, ceiling: bool = False) -> Floats:
+    def compute_seconds(self, gpu: GpuSpec) -> Floats:
         """All FLOPs, each class at the peak of its units."""
-        peak = gpu.ceiling_flops if ceiling else gpu.peak_flops
-        return _total([work.flops / peak(work.dtype) for work in self.classes.values()])
+        return _total([work.flops / gpu.peak_flops(work.dtype) for work in self.classes.values()])
 
     def memory_seconds(self, gpu: GpuSpec) -> Floats:
         """All bytes at peak bandwidth."""
         return _floats(self.bytes / gpu.memory_bytes_per_s)
 
-    def seconds(self, gpu: GpuSpec, ceiling: bool = False) -> Floats:
+    def seconds(self, gpu: GpuSpec) -> Floats:
         """The least time of the step, whatever overlaps: the longest of compute, memory and the links between GPUs."""
         links = self.collective_bytes / (gpu.interconnect_bytes_per_s / 2)  # datasheets add both directions
-        one = np.maximum(self.compute_seconds(gpu, ceiling), self.memory_seconds(gpu))
+        one = np.maximum(self.compute_seconds(gpu), self.memory_seconds(gpu))
         return _floats(np.maximum(one, links))
 
     def serial_seconds(self, gpu: GpuSpec) -> Floats:
@@ -332,7 +336,6 @@ def bounds(
     *,
     cached: Number = 0,
     drafted: int = 0,
-    ceiling: bool = False,
 ) -> Bounds:
     """Bounds for sequences of `prompt` tokens that give `output` tokens, `batch` at a time.
 
@@ -349,19 +352,18 @@ def bounds(
         output: tokens of an answer.
         cached: tokens of a prompt that a prefix cache may already hold.
         drafted: tokens that speculative decoding drafts; all are accepted and cost nothing to draft.
-        ceiling: the fastest units there are (fp16 accumulation): for hard rules.
     """
     batch, prompt, output, cached = _floats(batch), _floats(prompt), _floats(output), _floats(cached)
     fresh, each = np.maximum(prompt - cached, 1), drafted + 1
     filling = prefill(model, serve, 1, fresh, cached=cached)
     step = decode(model, serve, batch, np.maximum(prompt - cached, 0), new_tokens=each)
-    tpot, steps = step.seconds(gpu, ceiling) / each, np.maximum(output - 1, 0) / each
-    compute = batch * filling.compute_seconds(gpu, ceiling) + steps * step.compute_seconds(gpu, ceiling)
+    tpot, steps = step.seconds(gpu) / each, np.maximum(output - 1, 0) / each
+    compute = batch * filling.compute_seconds(gpu) + steps * step.compute_seconds(gpu)
     rate = batch * output / np.maximum(compute, steps * step.memory_seconds(gpu))
     gpus = serve.tensor_parallel_size
     usd_per_s = (np.nan if gpu.price is None else gpu.price.usd_per_h) * gpus / 3600
     return Bounds(
-        ttft_s=filling.seconds(gpu, ceiling),
+        ttft_s=filling.seconds(gpu),
         tpot_s=tpot,
         decode_tokens_per_s=batch / tpot,
         tokens_per_s=rate,

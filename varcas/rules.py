@@ -322,7 +322,8 @@ def _budget(site: Site, flags: Flags) -> float | None:
     if total is None:
         return None
     share = _number(flags, "gpu_memory_utilization")
-    if share is None or not 0 < share <= 1 or flags.get("kv_cache_memory_bytes") is not None:
+    sized = any(flags.get(name) is not None for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"))
+    if share is None or not 0 < share <= 1 or sized:  # what sizes the cache itself overrules the share
         share = 1.0
     return share * total
 
@@ -330,6 +331,15 @@ def _budget(site: Site, flags: Flags) -> float | None:
 def _there(site: Site, flags: Flags, budget: float) -> str:
     where = "this host" if site.on_cpu or site.gpu is None else f"a {site.gpu.name}"
     return f"gpu_memory_utilization allows at most {_gib(budget)} on {where}"
+
+
+def _weights_beyond_memory(site: Site, flags: Flags) -> str | None:
+    held, total = _held(site, flags), _memory_bytes(site)
+    if held is None or total is None or site.gpu is None or held.weight_bytes <= total:
+        return None
+    return (
+        f"weights take at least {_gib(held.weight_bytes)} ({held.words}); a {site.gpu.name} has at most {_gib(total)}"
+    )
 
 
 def _weights_do_not_fit(site: Site, flags: Flags) -> str | None:
@@ -751,6 +761,8 @@ def _async_with_lookup(site: Site, flags: Flags) -> str | None:
 CACHE_MIB = {70: 6, 75: 6, 80: 40, 86: 6, 89: 96, 90: 60}
 """At least the L2 cache of any GPU of that compute capability: what it holds need not be read from memory."""
 OTHER_CACHE_MIB = 256
+BANDWIDTH_HEADROOM = 1.15
+"""Memory runs above its datasheet too: GeForce owners overclock it by some 10 %, a V100-SXM3 has 980 for 900 GB/s."""
 PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
 SLO_READS = (*SHAPE, *SPECULATION, "enable_prefix_caching", "max_model_len")
 
@@ -783,7 +795,7 @@ class _Waits:
             counted = np.maximum(later - (self.drafted + 1), 0) / np.maximum(later, 1)
             spread: Floats = self.token * counted
             return spread[some]
-        if name == "itl":  # of the mean: no gap is shorter than a step but that another is longer
+        if name == "itl":  # events that are delivered together make gaps of 0: soft
             return np.full(1, self.step.min()) if len(self.step) else self.step
         whole = self.ttft + later * self.token
         return whole if name == "e2e" else whole / np.maximum(self.output, 1)
@@ -824,7 +836,7 @@ def _seconds(step: Step, gpu: GpuSpec, held: _Held) -> Floats:
         peak = max(peak, gpu.ceiling_flops("fp8")) if name == "attention_scores" else peak
         compute = compute + work.flops / peak
     cache = CACHE_MIB.get(gpu.compute_capability or 0, OTHER_CACHE_MIB) * 2**20 * held.stages
-    moved = np.maximum(step.bytes - cache, 0) / gpu.memory_bytes_per_s
+    moved = np.maximum(step.bytes - cache, 0) / (BANDWIDTH_HEADROOM * gpu.memory_bytes_per_s)
     slowest: Floats = np.maximum(compute, moved)
     return slowest
 
@@ -860,7 +872,7 @@ def bound_ms(site: Site, flags: Flags, key: str) -> float | None:
 STATISTICS = ("mean", *PERMILLE)
 
 
-def _slo_rule(latency: str, statistics: tuple[str, ...], name: str = "", kind: Kind = "hard") -> Rule:
+def _slo_rule(latency: str, statistics: tuple[str, ...], kind: Kind = "hard") -> Rule:
     keys = [f"{latency}_{statistic}_ms" for statistic in statistics]
 
     def check(site: Site, flags: Flags) -> str | None:
@@ -873,7 +885,7 @@ def _slo_rule(latency: str, statistics: tuple[str, ...], name: str = "", kind: K
         return None
 
     return Rule(
-        name or f"slo_{latency}", kind, "", SLO_READS, "formula: docs/roofline.md, Rules", "source-only", check,
+        f"slo_{latency}", kind, "", SLO_READS, "formula: docs/roofline.md, Rules", "gpu", check,
         lambda site: _is_gpu(site) and any(key in site.slo for key in keys),
     )  # fmt: skip
 
@@ -910,7 +922,7 @@ RULES: tuple[Rule, ...] = (
          "config/vllm.py: VllmConfig._get_quantization_config", "cpu", _format_without_type),
     Rule("format_without_units", "hard", SINCE_0_15, ("quantization", *LOOSE),
          "config/vllm.py: VllmConfig._get_quantization_config", "source-only", _format_without_units),
-    Rule("cache_type_without_units", "hard", SINCE_0_24, CACHE_READS,
+    Rule("cache_type_without_units", "hard", ">=0.24,<=0.33.0", CACHE_READS,
          "v1/attention/backends/triton_attn.py: TritonAttentionImpl.__init__; platforms/cuda.py: get_attn_backend_cls",
          "source-only", _cache_type_without_units),
     Rule("cache_type_doubtful", "soft", ">=0.15.1,<0.24", CACHE_READS,
@@ -918,11 +930,11 @@ RULES: tuple[Rule, ...] = (
          _cache_type_without_units),
     Rule("too_few_gpus", "hard", "", (*PARALLEL, *OTHER_NODES),
          "formula: tensor x pipeline x data parallel > GPUs of a node; config/parallel.py: ParallelConfig",
-         "source-only", _too_few_gpus),
+         "gpu", _too_few_gpus),
     Rule("heads_do_not_divide", "hard", SINCE_0_15, ("tensor_parallel_size", *LOOSE),
          "config/model.py: ModelConfig.verify_with_parallel_config", "cpu", _heads_do_not_divide),
     Rule("kv_heads_do_not_divide", "hard", SINCE_0_15, ("tensor_parallel_size", *LOOSE),
-         "model_executor/models/llama.py: LlamaAttention.__init__", "source-only", _kv_heads_do_not_divide),
+         "model_executor/models/llama.py: LlamaAttention.__init__", "cpu", _kv_heads_do_not_divide),
     Rule("experts_in_dense", "hard", SINCE_0_15, ("enable_expert_parallel", *LOOSE),
          "config/model.py: ModelConfig._verify_with_expert_parallelism", "cpu", _experts_in_dense),
     Rule("speculation_without_model", "hard", SINCE_0_15, SPECULATION,
@@ -941,12 +953,16 @@ RULES: tuple[Rule, ...] = (
          "config/speculative.py: SpeculativeConfig._verify_args", "cpu", _draft_named_ranks),
     Rule("async_with_lookup", "hard", ">=0.15.1,<0.33", (*SPECULATION, "async_scheduling"),
          "config/vllm.py: VllmConfig.__post_init__", "cpu", _async_with_lookup),
-    Rule("weights_do_not_fit", "hard", "", (*SHAPE, "gpu_memory_utilization", "kv_cache_memory_bytes"),
-         "formula: packed weights > share of the memory soldered on", "source-only", _weights_do_not_fit, _is_gpu),
-    Rule("sequence_does_not_fit", "hard", "",
+    Rule("weights_beyond_memory", "hard", "", SHAPE,
+         "formula: packed weights > the memory soldered on", "gpu", _weights_beyond_memory, _is_gpu),
+    Rule("weights_do_not_fit", "hard", SINCE_0_15,
+         (*SHAPE, "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override"),
+         "formula: packed weights > share of the memory soldered on; "
+         "v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory", "gpu", _weights_do_not_fit, _is_gpu),
+    Rule("sequence_does_not_fit", "hard", SINCE_0_15,
          (*SHAPE, "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len"),
          "formula: packed weights + keys and values of one sequence > share of the memory soldered on; "
-         "v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory", "source-only", _sequence_does_not_fit, _is_gpu),
+         "v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory", "gpu", _sequence_does_not_fit, _is_gpu),
     Rule("given_cache_too_small", "hard", SINCE_0_24,
          (*SHAPE, "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len"),
          "v1/core/kv_cache_utils.py: _check_enough_kv_cache_memory (0.33: v1/core/kv_cache_planning.py)", "cpu",
@@ -960,8 +976,7 @@ RULES: tuple[Rule, ...] = (
          (*SHAPE, "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len"),
          "v1/worker/cpu_worker.py: CPUWorker.determine_available_memory", "cpu", _cpu_share_too_small, _is_cpu),
     *(_slo_rule(latency, STATISTICS) for latency in ("ttft", "tpot", "e2e", "norm")),
-    _slo_rule("itl", ("mean",)),
-    _slo_rule("itl", tuple(PERMILLE), "slo_itl_percentile", "soft"),
+    _slo_rule("itl", STATISTICS, "soft"),
     Rule("estimated_too_small", "soft", "",
          (*SHAPE, "gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len",
           "max_num_seqs", "max_num_batched_tokens", "enforce_eager", "block_size", "enable_chunked_prefill",
@@ -1100,25 +1115,90 @@ class Feasible:
     Attributes:
         slo_ms: for each SLO key the smallest limit that some configuration's physical bound allows.
         gpu_memory_bytes: the least memory on a GPU that weights and one sequence of some configuration need.
+        share: the least `gpu_memory_utilization` of this GPU that holds that; None when all of it is too little.
+        max_model_len: the longest that some configuration has room for as it is; None when none has.
     """
 
     slo_ms: Mapping[str, float]
     gpu_memory_bytes: float | None
+    share: float | None = None
+    max_model_len: int | None = None
 
 
 def nearest_feasible(site: Site, configs: Sequence[Flags]) -> Feasible:
     """The nearest limits and memory that some of these configurations could work with; not that they would."""
     columns = _Columns(configs)
-    first, _ = columns.distinct((*SLO_READS, "gpu_memory_utilization"))
+    first, _ = columns.distinct((*SLO_READS, *SIZING))
     some = [configs[index] for index in first.tolist()]
     limits = {key: [b for flags in some if (b := bound_ms(site, flags, key)) is not None] for key in site.slo}
     needs = [need for flags in some if (need := _memory_need(site, flags)) is not None]
-    return Feasible({key: min(found) for key, found in limits.items() if found}, min(needs, default=None))
+    need, total = min(needs, default=None), _memory_bytes(site)
+    share = None if need is None or total is None or need > total else need / total
+    lengths = [length for flags in some if (length := _longest_with_room(site, flags))]
+    return Feasible(
+        {key: min(found) for key, found in limits.items() if found}, need, share, max(lengths, default=None)
+    )
+
+
+SIZING = ("gpu_memory_utilization", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_model_len")
 
 
 def _memory_need(site: Site, flags: Flags) -> float | None:
-    held, share = _held(site, flags), _number(flags, "gpu_memory_utilization")
-    if held is None:
+    """At a share of 1."""
+    held = _held(site, flags)
+    return None if held is None else held.weight_bytes + held.sequence_bytes(_integer(flags, "max_model_len") or 0)
+
+
+def _longest_with_room(site: Site, flags: Flags) -> int | None:
+    """Of the lengths up to the configuration's own, the longest whose keys and values have room."""
+    held, budget, asked = _held(site, flags), _budget(site, flags), _integer(flags, "max_model_len")
+    given = _given_cache(site, flags)
+    if held is None or budget is None or asked is None or flags.get("num_gpu_blocks_override") is not None:
         return None
-    length = _integer(flags, "max_model_len") or 0
-    return (held.weight_bytes + held.sequence_bytes(length)) / (share if share and 0 < share <= 1 else 1.0)
+    room_bytes = budget - held.weight_bytes if given is None else float(given[0])
+    low, high = 0, asked + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if held.sequence_bytes(middle) <= room_bytes else (low, middle)
+    return low or None
+
+
+# ---- what there is room for
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Upper bounds of what one configuration has, of one GPU.
+
+    Attributes:
+        serve: types as they are reckoned here, and tensor parallelism.
+        need_bytes: the least: weights, and one sequence of `max_model_len` where that is told.
+        budget_bytes: the most that weights and KV cache may take.
+        cache_bytes: the most that the KV cache can have.
+        engines: of data parallelism.
+        sharing: engines over which one model's experts are spread; 1 without experts.
+        stages: of pipeline parallelism.
+        drafted: the most tokens that a step drafts for a sequence.
+    """
+
+    serve: Serve
+    need_bytes: float
+    budget_bytes: float
+    cache_bytes: float
+    engines: int
+    sharing: int
+    stages: int
+    drafted: int
+
+
+def room(site: Site, flags: Flags) -> Room | None:
+    """None where a rule would be silent: something is unknown, or changes what is reckoned with here."""
+    held, budget, drafted = _held(site, flags), _budget(site, flags), _drafted(flags)
+    total, engines = _memory_bytes(site), _integer(flags, "data_parallel_size", 1)
+    if held is None or budget is None or total is None or drafted is None or engines is None:
+        return None
+    given, length = _given_cache(site, flags), _integer(flags, "max_model_len") or 0
+    budget = total if flags.get("num_gpu_blocks_override") is not None else budget
+    cache = budget - held.weight_bytes if given is None else given[0]
+    need = held.weight_bytes + held.sequence_bytes(length)
+    return Room(held.serve, need, budget, cache, engines, held.replicas, held.stages, drafted)

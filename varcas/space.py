@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -174,6 +175,27 @@ class Suggest(Protocol):
 
     def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
         """A number from `low` to `high`, both included."""
+
+
+class Drawn:
+    """A `Suggest` that draws at random, evenly in the logarithm where the range is one."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
+        """One of `labels`."""
+        return self._rng.choice(labels)
+
+    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
+        """A number from `low` to `high`, both included."""
+        return self._rng.randrange(low, high + 1, step)
+
+    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        """A number from `low` to `high`, both included."""
+        if log:
+            return min(max(math.exp(self._rng.uniform(math.log(low), math.log(high))), low), high)
+        return self._rng.uniform(low, high)
 
 
 # A value of the space is a tree: fixed values, numbers, picks among options, and mappings of these. Each node can

@@ -59,9 +59,10 @@ from pydantic import JsonValue
 from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.order import NUM_ORDERED
 from varcas.pruner import Pruner, is_pruned
 from varcas.records import LATENCY_METRICS, Purpose, TrialRow
-from varcas.space import Flags, Label, Params, ServingConfig, Space, distance
+from varcas.space import Drawn, Flags, Label, Params, ServingConfig, Space, distance
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -79,7 +80,8 @@ LISTED = 10_000
 DRAWN = 128
 """Random draws of those, each of which the rules judge."""
 NUM_STARTUP = 5
-"""Random proposals before TPE takes over; the baseline and enqueued ones count."""
+"""Proposals before TPE takes over: at most `NUM_ORDERED` that the estimates put first, the rest random. The baseline
+and enqueued ones count."""
 NUM_BEST, NUM_LATEST = 40, 60
 """Finished trials that a sampler looks at: TPE's time a proposal grows with each (55 ms at 1,000 trials)."""
 TOLD_VERSION = 1
@@ -398,22 +400,6 @@ class _Replayed:
         return value
 
 
-class _Drawn:
-    """A `Suggest` that draws at random."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
-        return self._rng.choice(labels)
-
-    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
-        return self._rng.randrange(low, high + 1, step)
-
-    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
-        return self._rng.uniform(low, high)
-
-
 class _Untried:
     """What a space holds that is neither tried nor ruled out."""
 
@@ -454,7 +440,7 @@ class _Untried:
         return {self._space.config(flags).hash: params for params, flags in self._space.points()}
 
     def _draw(self, known: Callable[[str], bool]) -> list[Params]:
-        drawn = [self._space.propose(_Drawn(self._rng)) for _ in range(DRAWN)]
+        drawn = [self._space.propose(Drawn(self._rng)) for _ in range(DRAWN)]
         configs = [self._space.config(flags) for _, flags in drawn]
         allowed = [True] * DRAWN if self._pruner is None else self._pruner.allowed(configs)
         pairs = zip(drawn, configs, allowed, strict=True)
@@ -475,6 +461,7 @@ class Study:
 
     Attributes:
         ended: why the last `propose` had nothing more to give; None while it may have.
+        num_ordered: proposals that were taken from `first` when it was opened.
     """
 
     def __init__(
@@ -485,8 +472,10 @@ class Study:
         study: _ShortMemory,
         past: Sequence[TrialRow],
         pruner: Pruner | None = None,
+        first: Sequence[ServingConfig] = (),
     ) -> None:
         self.experiment, self.space = experiment, space
+        self.num_ordered = 0
         self._storage = storage
         self.ended: str | None = None
         self._optuna = study
@@ -500,6 +489,7 @@ class Study:
         self._missed: Params | None = None  # what the sampler wanted last, and the rules ruled out
         self._last: str | None = None
         self._reconcile(past)
+        self._order(first)
 
     @property
     def spent(self) -> int:
@@ -514,8 +504,8 @@ class Study:
     def propose(self) -> Proposal | None:
         """The next configuration to measure; None when there is none now, and `ended` says why.
 
-        First the baseline, then what was lost or enqueued, then the sampler. Duplicates are answered from the store.
-        After a proposal that was ruled out comes the nearest that is not.
+        First the baseline, then what was lost or enqueued, what the estimates put first, and the sampler at last.
+        Duplicates are answered from the store. After a proposal that was ruled out comes the nearest that is not.
         After a None, a lost start may make room for another proposal: ask again until nothing runs.
         """
         if self._last in self._in_flight:  # it was neither pruned nor answered: it runs
@@ -743,6 +733,15 @@ class Study:
                 queued.add(entry.config.hash)
                 self._queue.append(entry)
 
+    def _order(self, first: Sequence[ServingConfig]) -> None:
+        """Queues what leaves some of the start-up random; what is in the space and was asked for already counts."""
+        queued = {entry.config.hash for entry in self._queue}
+        inside = {e.config.hash for e in self._queue if self.space.params_of(e.config.flags) is not None}
+        room = max(0, NUM_ORDERED - len(self._in_space | inside))
+        new = [config for config in first if config.hash not in queued and not self._known(config.hash)][:room]
+        self._queue.extend(_Queued(config, "search") for config in new)
+        self.num_ordered = len(new)
+
 
 @dataclass(frozen=True, slots=True)
 class _Unfinished:
@@ -759,6 +758,7 @@ def open_study(
     *,
     past: Sequence[TrialRow],
     pruner: Pruner | None = None,
+    first: Sequence[ServingConfig] = (),
 ) -> Study:
     """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
 
@@ -768,6 +768,7 @@ def open_study(
         storage_url: `journal:PATH`, `sqlite:///PATH` or `postgresql://...`.
         past: this study's rows in the store.
         pruner: what rules configurations out; None when nothing does. Rows that no longer stand are left out.
+        first: what the estimates put first (`order.first_proposals`); the start-up proposals come from it in part.
 
     Raises:
         InputError: an unknown sampler, or a storage that cannot be used.
@@ -779,7 +780,7 @@ def open_study(
         storage = _storage(storage_url)
         try:
             study = _agreeing(storage, experiment, sampler, {row.trial_id for row in past})
-            return Study(experiment, space, storage, study, past, pruner)
+            return Study(experiment, space, storage, study, past, pruner, first)
         except BaseException:
             _close(storage)
             raise

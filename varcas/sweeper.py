@@ -22,6 +22,7 @@ from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.metrics import constraints_of, summarise
+from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, LoadResult, Outcome, Purpose, StageTimes, TrialRow
@@ -48,6 +49,7 @@ MAX_LISTED = 10_000
 """Larger spaces are not listed to see how much of them is left, unless the rules listed them already."""
 NOT_ASKED = Checked(ok=True)
 """Of a configuration that was ruled out before vLLM was asked."""
+TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
@@ -252,18 +254,28 @@ class Sweeper:
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
-        self.pruner = Pruner(experiment, self.space, self._site(), self._rows)
+        site = self._site()
+        self.pruner = Pruner(experiment, self.space, site, self._rows)
         for text in self.pruner.disabled.values():
             self._note(text)
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
         past = [row for row in self._rows if not _is_hopeless(row)]
-        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner)
+        order = self._ordered(site)
+        first = order.first if order is not None else ()
+        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
+        if order is not None and (count := self.study.num_ordered):
+            self._note(f"the first {count} proposals of the search follow the roofline's estimates ({order.basis})")
+
+    def _ordered(self, site: Site) -> Order | None:
+        """What the estimates put first; None once the search is under way."""
+        if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
+            return None
+        return first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
 
     def _site(self) -> Site:
         """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
         slots = self.pool.slots
-        one_node = slots.num_gpus <= slots.gpus_per_node
-        gpu = gpu_at_best(slots.gpu, self.facts if one_node else None) if slots.on_gpu else None
+        gpu = gpu_at_best(slots.gpu, self.facts if slots.num_nodes == 1 else None) if slots.on_gpu else None
         most = min(slots.num_gpus, slots.gpus_per_node) if slots.on_gpu else None
         return site_of(self.experiment, self.facts, gpu, on_cpu=not slots.on_gpu, gpus_per_node=most)
 
@@ -376,7 +388,8 @@ class Sweeper:
                 return None
             if not self.pool.has_room(1):
                 return None
-            proposal = self.study.propose() or self._audit()
+            early = self._audit() if 3 * self.study.spent >= self.experiment.study.trials else None
+            proposal = early or self.study.propose() or self._audit()
             if proposal is None:
                 return None
             if self._rule_out(proposal):
@@ -391,7 +404,10 @@ class Sweeper:
         return None
 
     def _audit(self) -> Proposal | None:
-        """A configuration that is ruled out, to be started all the same: only once the search proposes no more."""
+        """A configuration that is ruled out, to be started all the same, from a third of the search on.
+
+        So what a rule found wrong had ruled out can still be proposed.
+        """
         found = self.pruner.next_audit()
         if found is None:
             return None
@@ -479,6 +495,7 @@ class Sweeper:
         load = outcome.load if outcome else None
         wrong = self.pruner.heard(row)
         if wrong:
+            wrong = [f"{text}{TOO_LATE}" for text in wrong] if self._search_spent() else wrong
             row = row.model_copy(update={"warnings": [*row.warnings, *wrong]})
         self.store.append(row, load.records if load else (), outcome.samples if outcome else ())
         self._rows.append(row)
@@ -487,6 +504,9 @@ class Sweeper:
         if proposal is not None:
             self.study.tell(proposal, row, retry=row.failure_kind in RETRIED and row.state != "infeasible")
         self._emit(Event("row", row=row))
+
+    def _search_spent(self) -> bool:
+        return self.study.spent >= self.experiment.study.trials
 
     def _switch_off(self, wrong: Sequence[str]) -> None:
         """Says loudly which rules are wrong, and opens again what they ruled out."""
@@ -576,7 +596,9 @@ class Sweeper:
         script = write_scripts(self._rows, self.experiment, directory)
         saved = self.store.study(self.experiment.name) or {}
         self.store.save_study(self.experiment.name, {**saved, "ended": self.ended, "ruled_out": self.ruled_out})
-        return recommend(self._rows, self.experiment, script=script, ended=self.ended, ruled_out=self.ruled_out)
+        found = recommend(self._rows, self.experiment, script=script, ended=self.ended, ruled_out=self.ruled_out)
+        unsaid = [t for t in self.pruner.disabled.values() if not any(w.startswith(t) for w in found.warnings)]
+        return found.model_copy(update={"warnings": [*unsaid, *found.warnings]}) if unsaid else found
 
     # pieces
 

@@ -13,8 +13,9 @@ from varcas.engine.fetch import weights_problem
 from varcas.engine.node import Node, NodeFacts
 from varcas.engine.probe import probe_python
 from varcas.engine.validation import Checked, refusal
-from varcas.errors import nearest
+from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.known import find_model
 from varcas.pruner import Pruner, gpu_at_best, site_of
 from varcas.rules import Site
 from varcas.space import ServingConfig, Space
@@ -142,7 +143,17 @@ def _site(experiment: Experiment, facts: NodeFacts | None) -> Site:
     on_cpu = wanted == "cpu" or (wanted == "auto" and not here)
     there = wanted == "auto" or wanted in {gpu.kind for gpu in here}
     gpu = None if on_cpu else gpu_at_best(here[0].kind if wanted == "auto" else wanted, facts if there else None)
-    return site_of(experiment, facts, gpu, on_cpu=on_cpu)
+    config = _known_config(experiment) if facts is None else None
+    most = None if on_cpu else experiment.hardware.count
+    return site_of(experiment, facts, gpu, on_cpu=on_cpu, gpus_per_node=most, model_config=config)
+
+
+def _known_config(experiment: Experiment) -> str | None:
+    """Of a hub id too, where vLLM is not there to fetch it."""
+    try:
+        return json.dumps(find_model(experiment.model, experiment.revision).config)
+    except InputError:  # not described, or found nowhere
+        return None
 
 
 def _ruled_out(pruner: Pruner) -> list[RuledOut]:

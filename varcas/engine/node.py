@@ -39,7 +39,7 @@ class NodeFacts:
         model_revision: commit of the snapshot, or content hash of the directory's configuration.
         gpu_name: as NVML names its first GPU.
         driver_version: of that.
-        gpu_memory_bytes: all of that GPU's memory.
+        gpu_memory_bytes: all of that GPU's memory; None where the node's GPUs differ in it.
         model_config: text of the model's `config.json`; None where there is none.
         host_memory_bytes: all of the host's memory.
         engine_env: vLLM's variables in its server's environment.
@@ -129,7 +129,7 @@ class Node:
             model_revision=fetched.revision,
             gpu_name=self._gpu_name,
             driver_version=gpu.driver_version if gpu else None,
-            gpu_memory_bytes=gpu.memory_bytes if gpu else None,
+            gpu_memory_bytes=gpu.memory_bytes if gpu and len({g.memory_bytes for g in self._gpus}) == 1 else None,
             model_config=config_text(fetched.path),
             host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             engine_env={k: v for k, v in self._env.items() if k.startswith("VLLM_") and k != "VLLM_API_KEY"},
