@@ -142,9 +142,12 @@ class _ShortMemory(optuna.Study):
     _ranked: list[tuple[tuple[float, ...], int]]  # the best first
     _open: list[int]
     _num_seen: int
+    forgotten: set[str]
+    """`trial_id`s of rows that no longer say anything of their configurations."""
 
     def __init__(self, study_name: str, storage: BaseStorage, sampler: BaseSampler) -> None:
         super().__init__(study_name, storage, sampler)
+        self.forgotten = set()
         self._finished, self._ranked, self._open, self._num_seen = [], [], [], 0
 
     def get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
@@ -161,7 +164,12 @@ class _ShortMemory(optuna.Study):
             older = (number for _, number in self._ranked if number not in latest)
             kept = latest.union(itertools.islice(older, NUM_BEST), self._open)
             trials = [trials[number] for number in sorted(kept)]
-        return [trial for trial in trials if states is None or trial.state in states]
+        return [
+            trial for trial in trials if (states is None or trial.state in states) and not self._is_forgotten(trial)
+        ]
+
+    def _is_forgotten(self, trial: FrozenTrial) -> bool:
+        return bool(self.forgotten) and trial.user_attrs.get("trial_id") in self.forgotten
 
     def _look(self, trials: Sequence[FrozenTrial]) -> None:
         """Ranks those that have finished since the last look; a trial's number is its place."""
