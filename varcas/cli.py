@@ -141,7 +141,7 @@ def load(
     model: Annotated[str | None, typer.Option(help="as the endpoint calls it [default: its only one]")] = None,
     endpoint: Annotated[str, typer.Option(help="chat, completions, or auto")] = "auto",
     slo: Annotated[list[str] | None, typer.Option(help="upper limit, e.g. ttft_p95_ms=500; may be repeated")] = None,
-    clients: Annotated[int, typer.Option(min=1, help="load processes; one holds some 500 requests/s")] = 1,
+    clients: Annotated[int, typer.Option(min=1, help="load processes; one was measured up to 200 requests/s")] = 1,
     name: Annotated[str | None, typer.Option(help="study that the row belongs to [default: after the host]")] = None,
     results: Annotated[Path, typer.Option(help="results directory")] = Path("results"),
     as_json: Json = False,
