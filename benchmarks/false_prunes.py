@@ -37,6 +37,7 @@ from real_starts import (
     Clock,
     Locks,
     Started,
+    add_options,
     append_row,
     circumstances,
     keep_log,
@@ -605,16 +606,9 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="configurations a rule")
     parser.add_argument("--unstripped", type=int, default=0, help="pruned configurations with all that was drawn")
     parser.add_argument("--drawn", type=int, default=0, help="configurations that no rule prunes")
-    parser.add_argument("--out", type=Path, default=Path("false_prunes.jsonl"), help="rows are appended here")
-    parser.add_argument("--done", type=Path, action="append", default=[], help="rows had before: not started again")
-    parser.add_argument("--print", action="store_true", help="start nothing")
+    add_options(parser, Path("false_prunes.jsonl"))
     parser.add_argument("--list", action="store_true", help="only list what would be started")
-    parser.add_argument("--logs", type=Path, help="every server's log is appended here")
-    parser.add_argument("--fork", action="store_true", help="fork servers from one process that has imported vLLM")
     parser.add_argument("--version", help="of vLLM, for --list")
-    parser.add_argument("--budget-s", type=float, help="no start that would end later")
-    parser.add_argument("--lock", type=Path, action="append", default=[], help="held alone during each start")
-    parser.add_argument("--shared-lock", type=Path, action="append", default=[], help="held with others")
     args = parser.parse_args()
     clock, locks = Clock(args.budget_s), Locks(tuple(args.shared_lock), tuple(args.lock))
     with tempfile.TemporaryDirectory(prefix="varcas-prunes-") as work, contextlib.ExitStack() as running:

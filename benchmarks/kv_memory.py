@@ -23,7 +23,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from real_starts import ENV, Clock, Locks, append_row, circumstances, keep_log, model_dir, read_rows, said, start_until
+from real_starts import (
+    ENV,
+    Clock,
+    Locks,
+    add_options,
+    append_row,
+    circumstances,
+    keep_log,
+    model_dir,
+    read_rows,
+    said,
+    start_until,
+)
 from vllm_forks import Forks
 
 from varcas import gpus
@@ -208,15 +220,8 @@ def main() -> None:
     """Starts what is not done, and prints the table of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the configurations for one GPU")
-    parser.add_argument("--out", type=Path, default=Path("kv_memory.jsonl"), help="rows are appended here")
-    parser.add_argument("--done", type=Path, action="append", default=[], help="rows had before: not started again")
-    parser.add_argument("--print", action="store_true", help="start nothing")
+    add_options(parser, Path("kv_memory.jsonl"))
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--logs", type=Path, help="every server's log is appended here")
-    parser.add_argument("--fork", action="store_true", help="fork servers from one process that has imported vLLM")
-    parser.add_argument("--budget-s", type=float, help="no start that would end later")
-    parser.add_argument("--lock", type=Path, action="append", default=[], help="held alone during each start")
-    parser.add_argument("--shared-lock", type=Path, action="append", default=[], help="held with others")
     args = parser.parse_args()
     clock, locks = Clock(args.budget_s), Locks(tuple(args.shared_lock), tuple(args.lock))
     files = [*args.done, args.out]

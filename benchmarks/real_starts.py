@@ -6,6 +6,7 @@ lines of JSON, appended one by one, so that a run that was cut short goes on.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -90,6 +91,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1-70b": ("llama-3.1-70b", {}),
 }
 """Name to a published shape and what is changed of it; tiny-llama is `experiments/make_model.py`'s own."""
+
+
+def add_options(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Options of every tool that starts servers; `out` is where rows go by default."""
+    parser.add_argument("--out", type=Path, default=out, help="rows are appended here")
+    parser.add_argument("--done", type=Path, action="append", default=[], help="rows had before: not started again")
+    parser.add_argument("--print", action="store_true", help="start nothing")
+    parser.add_argument("--logs", type=Path, help="every server's log is appended here")
+    parser.add_argument("--fork", action="store_true", help="fork servers from one process that has imported vLLM")
+    parser.add_argument("--budget-s", type=float, help="no start that would end later")
+    parser.add_argument("--lock", type=Path, action="append", default=[], help="held alone during each start")
+    parser.add_argument("--shared-lock", type=Path, action="append", default=[], help="held with others")
 
 
 def model_dir(name: str, root: Path) -> Path:

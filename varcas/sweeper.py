@@ -21,11 +21,12 @@ from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
+from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
-from varcas.records import MEASUREMENT_VERSION, LoadResult, Outcome, Purpose, StageTimes, TrialRow
+from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
 from varcas.space import ServingConfig, Space, server_python
@@ -771,14 +772,8 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
         if outcome.state == "stopped":
-            columns |= {"valid": False, "invalid_reasons": [_cut_short(outcome.load, experiment.workload.duration_s)]}
+            columns |= {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
     return columns
-
-
-def _cut_short(load: LoadResult, asked_s: float) -> str:
-    if load.duration_s < asked_s:
-        return f"interrupted after {load.duration_s:.1f} of {asked_s:g} s"
-    return "interrupted while the last requests were answered"
 
 
 def _changes(key: str, old: Any, new: Any) -> str:
