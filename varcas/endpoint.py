@@ -279,7 +279,7 @@ def _ask(target: Target, method: str, path: str, body: Mapping[str, Any] | None 
             "that are trusted."
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{where}: nobody answers ({error}). Is it up, and the port right?") from error
+        raise InputError(f"{where}: nobody answers ({error}). Is it up, and are port and http(s):// right?") from error
     finally:
         connection.close()
 

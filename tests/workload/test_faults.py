@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import resource
 import socket
 import ssl
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,46 @@ def test_tls_is_read_alike_and_stamped_by_the_kernel_too(
         for record in elsewhere.records:
             assert (record.error or "").startswith("tls: certificate verify failed: IP address mismatch")
             assert record.sent_s is None
+
+
+class Closing(Secure):
+    """Says goodbye in the segment that ends its answer, and waits for the client to close, as asyncio's TLS does."""
+
+    def serve(self, connection: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self.context.wrap_bio(incoming, outgoing, server_side=True)
+
+        def heard(step: Callable[[], bytes | None]) -> bytes | None:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    connection.sendall(outgoing.read())
+                    incoming.write(connection.recv(65536))
+
+        with connection, contextlib.suppress(OSError):
+            heard(tls.do_handshake)
+            connection.sendall(outgoing.read())
+            heard(lambda: tls.read(65536))
+            self.num_requests += 1
+            tls.write(WHOLE)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+            connection.sendall(outgoing.read())
+            while connection.recv(65536):
+                pass
+
+
+def test_a_connection_whose_tls_has_ended_is_not_used_again(
+    certificates: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates[0]))
+    server = Closing(*certificates)
+    target = Target("localhost", server.target.port, "m", tls=True)
+    with server.socket, Load.start(tmp_path / "load.log", tmp_path / "load") as load:
+        result = run(load, target, every(0.1, 5), max_drain_s=1.0)
+    assert errors(result) == {None}
+    assert server.num_requests == 5
 
 
 class Distant(Secure):

@@ -215,9 +215,11 @@ class Connection:
                     data, closed = self._tls.open(data)
                     self._tls.flush(self._sock)
                     over = exchange.response.feed(data)
-                    if closed and not over:
-                        self._closed_by_server(exchange)
-                        return
+                    if closed:
+                        exchange.response.reusable = False
+                        if not over:
+                            self._closed_by_server(exchange)
+                            return
                 else:
                     over = exchange.response.feed(data)
                 if b"data:" in data:
