@@ -536,7 +536,13 @@ class Run:
     def _end(self, exchange: Exchange) -> None:
         exchange.end_s = self.life_s = monotonic()
         self.num_done += 1
-        (self._awaited if exchange.is_followed else self._ended).append(exchange)
+        if exchange.is_followed and exchange.needs_reading:
+            self._awaited.append(exchange)
+        else:
+            if exchange.is_followed:
+                exchange.date_end(self.offset)
+                self._follow(exchange, None)
+            self._ended.append(exchange)
         self._has_ended.set()
         self.note_if_over()
 
@@ -553,15 +559,15 @@ class Run:
         while True:
             self._has_ended.wait()
             while self._awaited or self._ended:
-                exchange = self._awaited[0] if self._awaited else self._ended.popleft()
-                answer = exchange.read(self.offset, pause=gevent.idle)
-                if exchange.is_followed:
-                    self._awaited.popleft()
-                    self._follow(exchange, answer)
+                if not self._awaited:
+                    self._ended.popleft().read(self.offset, pause=gevent.idle)
+                else:
+                    answer = self._awaited[0].read(self.offset, pause=gevent.idle)
+                    self._follow(self._awaited.popleft(), answer)
                 gevent.idle()
             self._has_ended.clear()
 
-    def _follow(self, exchange: Exchange, answer: Answer) -> None:
+    def _follow(self, exchange: Exchange, answer: Answer | None) -> None:
         """Plans what waited for this one's end, unless the window is over by then."""
         follower = exchange.follower(self._writer, answer, self.t0_s)
         if follower is not None and follower.due_s < self.duration_s and self.stop_at_s is None:
