@@ -224,18 +224,21 @@ def test_times_before_the_window_are_negative(load: Load, start_server: StartSer
     assert [record.sent_s for record in result.records] == pytest.approx([-1.0, -0.5, 0.5], abs=0.2)
 
 
-def test_the_key_is_in_no_argument_log_or_file(own_load: Load, start_server: StartServer, tmp_path: Path) -> None:
+def test_the_key_is_in_no_argument_log_or_file(
+    start_server: StartServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VARCAS_API_KEY", API_KEY)
     server = start_server()
     seen: list[bytes] = []
 
     def look() -> bool:
         seen.extend(path.read_bytes() for path in (tmp_path / "load").iterdir() if path.exists())
-        seen.append(Path(f"/proc/{own_load.pids[0]}/cmdline").read_bytes())
-        seen.append(Path(f"/proc/{own_load.pids[0]}/environ").read_bytes())
+        seen.extend(Path(f"/proc/{load.pids[0]}/{name}").read_bytes() for name in ("cmdline", "environ"))
         assert all(path.stat().st_mode & 0o077 == 0 for path in (tmp_path / "load").iterdir())
         return False
 
-    assert errors(run(own_load, server.target, every(0.1, 5), cancelled=look)) == {None}
+    with Load.start(tmp_path / "load.log", tmp_path / "load") as load:
+        assert errors(run(load, server.target, every(0.1, 5), cancelled=look)) == {None}
     assert len(seen) > 10
     assert not [data for data in seen if API_KEY.encode() in data]
     assert list((tmp_path / "load").iterdir()) == []
