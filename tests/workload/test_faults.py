@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import resource
 import socket
 import ssl
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -250,9 +251,18 @@ def test_requests_go_out_on_time_to_a_server_that_is_far_away(
     server.scripts = [[WHOLE]]
     target = Target("localhost", server.target.port, "m", tls=True)
     with server.socket, Load.start(tmp_path / "load.log", tmp_path / "load") as load:
-        result = run(load, target, every(0.01, 48))
-    assert errors(result) == {None}
-    assert max((record.sent_s or 9.0) - record.scheduled_s for record in result.records) < 0.15
+        for requests, duration_s in ((every(0.01, 48), 0.5), (users(300), 0.3)):
+            result = run(load, target, requests, duration_s=duration_s)
+            assert errors(result) == {None}
+            assert len(result.records) == sum(one.request.after is None for one in requests)
+            assert max((record.sent_s or 9.0) - record.scheduled_s for record in result.records) < 0.15
+
+
+def users(num: int) -> Sequence[Prompted]:
+    """Of a closed loop, who ask twice, the second time after the window."""
+    first = [asked(i, 0.0, 8, 4) for i in range(num)]
+    second = [dataclasses.replace(one.request, index=num + i, after=i, gap_s=9.0) for i, one in enumerate(first)]
+    return [*first, *(Prompted(request, "again") for request in second)]
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(load: Load, secure: Secure) -> None:

@@ -69,7 +69,8 @@ RECV_BYTES = 65536
 READ, WRITE = 1, 2  # libev's
 CONNECT_TIMEOUT_S = 30.0
 OPEN_TOGETHER = 16
-OPEN_FIRST = 256
+OPEN_FIRST_TOGETHER = 64
+OPEN_FIRST = 256  # in an open loop, where nobody knows how many will be needed
 ANSWER_S = 10.0  # as long as an answer may take, for all we know beforehand
 OPEN_FIRST_TIMEOUT_S = 5.0
 SPARE_CONNECTIONS = 16
@@ -312,8 +313,8 @@ class Connections:
     def open_first(self, num: int) -> None:
         """Opens so many before the load starts; a server that is not there shows itself in the load."""
         self._num_spare = min(num, SPARE_CONNECTIONS)
-        for _ in range(min(num, OPEN_TOGETHER)):
-            self._openers.spawn(self._refill, min(num, OPEN_FIRST))
+        for _ in range(min(num, OPEN_FIRST_TOGETHER)):
+            self._openers.spawn(self._refill, num)
         self._openers.join(timeout=OPEN_FIRST_TIMEOUT_S)
         self._openers.kill()
 
@@ -698,7 +699,7 @@ class Process:
             run.plan(Exchange(chain, 0, 0, steps[0].at_s, writer))
         self._runner.spawn_users({"ChatUser": SPARE_USERS})
         if self._stop_grace_s is None:
-            run.connections.open_first(len(chains) if command["closed"] else run.num_due_soon)
+            run.connections.open_first(len(chains) if command["closed"] else min(run.num_due_soon, OPEN_FIRST))
         else:
             run.stop(self._stop_grace_s)
         return run
