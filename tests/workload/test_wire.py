@@ -338,6 +338,13 @@ def test_an_event_may_have_several_lines_of_data() -> None:
     assert (list(answer.counts), answer.error) == ([1], None)
 
 
+def test_a_piece_of_nothing_begins_no_response() -> None:
+    """As TLS gives when it closes, or hands out a ticket."""
+    assert read([b""]).error == "connection closed before the response"
+    assert not fed([b""]).begun
+    assert fed([b"", b"HTTP"]).begun
+
+
 def test_a_byte_order_mark_may_come_first() -> None:
     events = [token("a", [1]), token("b", [2], "length"), DONE]
     raw, ends = response([b"\xef\xbb\xbf" + events[0], *events[1:]])

@@ -189,19 +189,22 @@ class Response:
         status: of HTTP; None until its head came.
         headers: names in lower case.
         parts: the body's bytes in each piece, one entry a piece, empty where there are none.
+        begun: anything of it came; TLS may say something else before that.
         over: it is complete, or broken beyond reading: expect no more.
         whole: it came complete.
         reusable: the connection may serve another request.
         broken: what is wrong with its framing, in one line.
     """
 
-    __slots__ = ("_held", "_left", "_state", "broken", "headers", "over", "parts", "reusable", "status", "whole")
+    __slots__ = (
+        "_held", "_left", "_state", "begun", "broken", "headers", "over", "parts", "reusable", "status", "whole",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.status: int | None = None
         self.headers: dict[str, str] = {}
         self.parts: list[bytes] = []
-        self.over = self.whole = False
+        self.begun = self.over = self.whole = False
         self.reusable = True
         self.broken: str | None = None
         self._held = b""  # of a line that is not complete
@@ -222,12 +225,8 @@ class Response:
         self.whole = self.whole or self._state is Response._to_the_end
         self.over, self.reusable = True, False
 
-    @property
-    def begun(self) -> bool:
-        """Anything came."""
-        return bool(self.parts)
-
     def _in_head(self, piece: bytes) -> bytes:
+        self.begun = self.begun or bool(piece)
         data = self._held + piece
         while True:
             head, found, rest = data.partition(b"\r\n\r\n")
