@@ -202,7 +202,7 @@ class Pruned(BaseModel):
     hard: list[RuleCount]
     soft: list[RuleCount] = Field(description="among those that no hard rule refuses")
     baseline: str | None = Field(description="what the rules say against the baseline, which is never pruned")
-    nearest: str | None = Field(description="when all is refused: what comes nearest to working")
+    nearest: str | None = Field(description="when all is refused, the baseline too: what comes nearest to working")
 
 
 class Cell(BaseModel):
@@ -331,6 +331,6 @@ class Roofline(BaseModel):
 
     @property
     def has_answer(self) -> bool:
-        """On some GPU some configuration of the space, or one that `study.enqueue` asks for, is left."""
+        """On some GPU some configuration of the space is left, or the baseline, or one that `study.enqueue` asks for."""
         said = [gpu.pruned for gpu in self.gpus]
-        return any(some.refused < some.judged or some.asked_for or not some.judged for some in said)
+        return any(some.refused < some.judged or some.asked_for or some.baseline is None for some in said)

@@ -23,7 +23,7 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
-from varcas.order import NUM_ORDERED, Order, first_proposals
+from varcas.order import first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
@@ -261,17 +261,10 @@ class Sweeper:
             self._note(text)
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
         past = [row for row in self._rows if not _is_hopeless(row)]
-        order = self._ordered(site)
-        first = order.first if order is not None else ()
-        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
+        order = first_proposals(experiment, self.space, site, self.pruner, self.store.rows())
+        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, order=order)
         if order is not None and (count := self.study.num_ordered):
             self._note(f"the first {count} proposals of the search follow the roofline's estimates ({order.basis})")
-
-    def _ordered(self, site: Site) -> Order | None:
-        """What the estimates put first; None once the search is under way."""
-        if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
-            return None
-        return first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
 
     def _site(self) -> Site:
         """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
@@ -595,11 +588,10 @@ class Sweeper:
         """Writes the start scripts and returns the recommendation."""
         directory = Path(self.experiment.results) / "studies" / self.experiment.name
         script = write_scripts(self._rows, self.experiment, directory)
+        told: dict[str, Any] = {"ended": self.ended, "ruled_out": self.ruled_out, "rules_off": list(self.pruner.disabled.values())}
         saved = self.store.study(self.experiment.name) or {}
-        self.store.save_study(self.experiment.name, {**saved, "ended": self.ended, "ruled_out": self.ruled_out})
-        found = recommend(self._rows, self.experiment, script=script, ended=self.ended, ruled_out=self.ruled_out)
-        unsaid = [t for t in self.pruner.disabled.values() if not any(w.startswith(t) for w in found.warnings)]
-        return found.model_copy(update={"warnings": [*unsaid, *found.warnings]}) if unsaid else found
+        self.store.save_study(self.experiment.name, {**saved, **told})
+        return recommend(self._rows, self.experiment, script=script, **told)
 
     # pieces
 
