@@ -916,8 +916,8 @@ class _Belief:
     @classmethod
     def of(cls, found: Fit | None, known: Prior) -> _Belief:
         if found is None:
-            spread = np.diag(_logs(known.factor) ** 2) * 1.96**2
-            return cls(_logs(known.median), known.median.overlaps, spread, 1.96 * PRIOR_SIGMA, known.source)
+            assumed = np.diag(_logs(known.factor) ** 2) * 1.96**2
+            return cls(_logs(known.median), known.median.overlaps, assumed, 1.96 * PRIOR_SIGMA, known.source)
         quantile = t_quantile(0.975, found.freedom)
         spread = found.covariance * quantile**2 if found.starts > 1 else None
         fitted = found.efficiency

@@ -34,10 +34,13 @@ SMOOTHNESS = 1.5
 """Of f along a number: 1 is a random walk, 2 a power series."""
 LEVEL, SLOPE = 1.0, 0.5
 """Standard deviations of what the estimate is off by, as a logarithm, and of what its slope is."""
-SCALE, NOISE = (math.log(0.25), 0.6), (math.log(0.03), 0.5)
-"""Normal priors of logarithms: f's standard deviation, and that between two starts of one configuration (2-4 % were seen
+NOISE = (math.log(0.03), 0.5)
+"""Normal prior of a logarithm: that of the standard deviation between two starts of one configuration (2-4 % were seen
 on real servers)."""
-WEIGHT_OF_NUMBER, WEIGHT_OF_CHOICE = (math.log(1.0), 1.2), (math.log(0.15), 1.2)
+MAIN, TOGETHER = (math.log(0.2), 0.8), (math.log(0.1), 0.8)
+"""The same of the standard deviations of what each parameter does by itself, and of what they do together: a value that
+was never tried may change the objective by a fifth, one flag as well as another."""
+WEIGHT_OF_NUMBER, WEIGHT_OF_CHOICE = (math.log(2.0), 1.0), (math.log(1.0), 0.7)
 """The same of weights: of a number from one end of its range to the other, of two choices that differ."""
 BURN_IN, DRAWS, THIN = 30, 10, 4
 MOST_SEEN = 120
@@ -71,7 +74,7 @@ class Wanted:
 
     Attributes:
         key: its content hash.
-        gain: expected improvement of the objective over the best so far, as a logarithm; None while nothing is feasible.
+        gain: expected improvement over the best so far, as a logarithm; None while nothing is feasible.
     """
 
     key: str
@@ -125,7 +128,11 @@ class Surrogate:
         return np.array([self._index[key] for key in keys if key in self._index], dtype=np.int64)
 
     def _gain(
-        self, measured: Sequence[Seen], pending: npt.NDArray[np.int64], at: npt.NDArray[np.int64], rng: np.random.Generator
+        self,
+        measured: Sequence[Seen],
+        pending: npt.NDArray[np.int64],
+        at: npt.NDArray[np.int64],
+        rng: np.random.Generator,
     ) -> Floats | None:
         """Expected improvement over the best of what meets all limits; None where nothing does."""
         feasible = np.array([all(over <= 0 for over in one.excess.values()) for one in measured])
@@ -215,20 +222,28 @@ class _Field:
 
     def __init__(self, axes: Sequence[_Axis], slope: Floats, here: npt.NDArray[np.int64], value: Floats) -> None:
         self._axes, self._slope, self._here, self._value = axes, slope, here, value
-        priors = [SCALE, NOISE, *(WEIGHT_OF_NUMBER if axis.is_number else WEIGHT_OF_CHOICE for axis in axes)]
+        weights = [WEIGHT_OF_NUMBER if axis.is_number else WEIGHT_OF_CHOICE for axis in axes]
+        priors = [NOISE, TOGETHER, *(MAIN for _ in axes), *weights]
         self._centre, self._width = np.array(priors).T
         self._apart = self._gaps(here, here)
 
     def _gaps(self, some: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> Floats:
-        return np.stack([axis.apart(some, other) for axis in self._axes] or [np.zeros((len(some), len(other)))])
+        return np.stack([axis.apart(some, other) for axis in self._axes])
 
     def _covariance(
         self, theta: Floats, gaps: Floats, some: npt.NDArray[np.int64], other: npt.NDArray[np.int64]
     ) -> Floats:
-        weights = np.exp(theta[2:]) if self._axes else np.zeros(1)
         shared = LEVEL**2 + SLOPE**2 * np.outer(self._slope[some], self._slope[other])
-        found: Floats = shared + math.exp(2 * theta[0]) * np.exp(-np.tensordot(weights, gaps, axes=1))
+        count = len(self._axes)
+        weighted = np.exp(theta[2 + count :])[:, np.newaxis, np.newaxis] * gaps
+        alone = np.tensordot(np.exp(2 * theta[2 : 2 + count]), np.exp(-weighted), axes=1)
+        found: Floats = shared + alone + math.exp(2 * theta[1]) * np.exp(-weighted.sum(axis=0))
         return found
+
+    def variance(self, theta: Floats, at: npt.NDArray[np.int64]) -> Floats:
+        """Of each place by itself, before anything is measured."""
+        own = np.exp(2 * theta[1 : 2 + len(self._axes)]).sum()
+        return np.asarray(LEVEL**2 + SLOPE**2 * self._slope[at] ** 2 + own, dtype=np.float64)
 
     def posterior(self, rng: np.random.Generator) -> list[Floats]:
         """Draws of scale, noise and weights, as logarithms."""
@@ -259,8 +274,8 @@ class _Field:
 
     def _root(self, theta: Floats) -> Floats:
         covariance = self._covariance(theta, self._apart, self._here, self._here)
-        covariance[np.diag_indices_from(covariance)] += math.exp(2 * theta[1]) + 1e-8
-        return np.linalg.cholesky(covariance)
+        covariance[np.diag_indices_from(covariance)] += math.exp(2 * theta[0]) + 1e-8
+        return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
 
     def given(self, theta: Floats, pending: npt.NDArray[np.int64]) -> _Told:
         """What the measurements tell, with what is pending taken to be measured as expected."""
@@ -292,7 +307,7 @@ class _Told:
 
     def deviation(self, at: npt.NDArray[np.int64]) -> Floats:
         """Standard deviations of these."""
-        alone = LEVEL**2 + SLOPE**2 * self.field_._slope[at] ** 2 + math.exp(2 * self.theta[0])
+        alone = self.field_.variance(self.theta, at)
         return np.asarray(np.sqrt(np.maximum(alone - np.sum(self._solved(at) ** 2, axis=0), 1e-12)), dtype=np.float64)
 
 
@@ -311,7 +326,8 @@ def _kept(measured: Sequence[Seen], sign: float) -> list[Seen]:
 def _improvement(above: Floats, deviation: Floats) -> Floats:
     """Mean of the part above 0 of a normal variable."""
     ratio = above / np.maximum(deviation, 1e-12)
-    return above * _normal(ratio) + deviation * np.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
+    density = np.exp(-0.5 * ratio**2) / math.sqrt(2 * math.pi)
+    return np.asarray(above * _normal(ratio) + deviation * density, dtype=np.float64)
 
 
 def _normal(x: Floats) -> Floats:

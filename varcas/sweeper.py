@@ -588,7 +588,8 @@ class Sweeper:
         """Writes the start scripts and returns the recommendation."""
         directory = Path(self.experiment.results) / "studies" / self.experiment.name
         script = write_scripts(self._rows, self.experiment, directory)
-        told: dict[str, Any] = {"ended": self.ended, "ruled_out": self.ruled_out, "rules_off": list(self.pruner.disabled.values())}
+        off = list(self.pruner.disabled.values())
+        told: dict[str, Any] = {"ended": self.ended, "ruled_out": self.ruled_out, "rules_off": off}
         saved = self.store.study(self.experiment.name) or {}
         self.store.save_study(self.experiment.name, {**saved, **told})
         return recommend(self._rows, self.experiment, script=script, **told)
