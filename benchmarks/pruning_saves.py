@@ -276,7 +276,8 @@ def starts_to_winner(world: World, arm: Arm, seed: int, directory: Path) -> dict
     site = _site(made, ground.facts)
     pruner = Pruner(made, space, site)
     order = first_proposals(made, space, site, pruner) if arm == "rules + order" else None
-    desk = open_study(made, space, f"journal:{directory / f'{arm}-{seed}.log'}", past=(), pruner=pruner, order=order)
+    first = order.first if order is not None else ()
+    desk = open_study(made, space, f"journal:{directory / f'{arm}-{seed}.log'}", past=(), pruner=pruner, first=first)
     found: dict[str, int | None] = {f"{near:g}": None for near in NEAR}
     starts = number = 0
     while (proposal := desk.propose()) and None in found.values():

@@ -146,7 +146,8 @@ def proposals(
     """The next ones of a study that is opened anew, each measured."""
     space, site = Space(made), t4(made)
     pruner = Pruner(made, space, site, rows)
-    study = open_study(made, space, storage, past=rows, pruner=pruner, order=order)
+    first = order.first if order is not None else ()
+    study = open_study(made, space, storage, past=rows, pruner=pruner, first=first)
     done: list[Proposal] = []
     while len(done) < count and (proposal := study.propose()):
         rows.append(row_of(proposal, number=len(rows), output_tokens_per_s=float(100 + sign * len(rows))))

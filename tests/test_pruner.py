@@ -256,7 +256,7 @@ def test_a_space_that_the_rate_alone_rules_out_names_the_rate_that_would_do() ->
 
     text = pruner_of(made(60)).nothing_left()
     assert text is not None
-    assert "with 60" in text
+    assert " on a T4 with " in text
     rate = float(text.split("or a rate of ")[1].split(" requests/s (now 60)")[0])
     assert 5 < rate < 60
     assert pruner_of(made(0.9 * rate)).nothing_left() is None

@@ -583,7 +583,7 @@ def test_no_server_at_its_peak_beats_the_bound_of_its_queue(count: int, window_s
 
 def worked_s(prompt: int, output: int) -> float:
     """Compute of a request at the T4's highest clocks."""
-    serve, peak = Serve(dtype="float16"), ceiling("T4").ceiling_flops("float16")
+    serve, peak = Serve(dtype="float16"), ceiling("T4").ceiling_flops("fp16")
     one, later = prefill(LLAMA_AWQ, serve, 1, prompt), decode(LLAMA_AWQ, serve, 1, prompt)
     return float(one.flops + (output - 1) * later.flops) / peak
 

@@ -331,6 +331,6 @@ class Roofline(BaseModel):
 
     @property
     def has_answer(self) -> bool:
-        """On some GPU some configuration of the space is left, or the baseline, or one that `study.enqueue` asks for."""
+        """On some GPU some configuration of the space, or one that `study.enqueue` asks for, is left."""
         said = [gpu.pruned for gpu in self.gpus]
-        return any(some.refused < some.judged or some.asked_for or some.baseline is None for some in said)
+        return any(some.refused < some.judged or some.asked_for or not some.judged for some in said)

@@ -178,10 +178,11 @@ LOOSE: dict[str, tuple[JsonValue, ...]] = {
     **dict.fromkeys(
         (
             "additional_config", "attention_config", "config_format", "convert", "cpu_offload_gb", "cpu_offload_params",
-            "diffusion_config", "ec_transfer_config", "engram_config", "hf_config_path", "hf_overrides", "kernel_config",
-            "kv_offloading_size", "kv_sharing_fast_prefill", "kv_transfer_config", "linear_backend",
-            "mm_encoder_only", "model_class_overrides", "model_impl", "model_loader_extra_config", "moe_backend", "offload_backend",
-            "offload_group_size", "offload_num_in_group", "offload_params", "offload_prefetch_step",
+            "diffusion_config", "ec_transfer_config", "engram_config", "hf_config_path", "hf_overrides",
+            "kernel_config", "kv_offloading_size", "kv_sharing_fast_prefill", "kv_transfer_config", "linear_backend",
+            "mm_encoder_only", "model_class_overrides", "model_impl", "model_loader_extra_config",
+            "moe_backend", "offload_backend", "offload_group_size",
+            "offload_num_in_group", "offload_params", "offload_prefetch_step",
             "override_generation_config", "quantization_config", "rope_scaling", "rope_theta", "runner",
             "scheduler_cls", "swa_bounded_replay", "task", "worker_cls",
         ),

@@ -59,11 +59,10 @@ from pydantic import JsonValue
 from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
-from varcas.order import NUM_ORDERED, Order
+from varcas.order import NUM_ORDERED
 from varcas.pruner import Pruner, is_pruned
 from varcas.records import LATENCY_METRICS, Purpose, TrialRow
 from varcas.space import Drawn, Flags, Label, Params, ServingConfig, Space, distance
-from varcas.surrogate import Seen, Surrogate
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -83,8 +82,6 @@ DRAWN = 128
 NUM_STARTUP = 5
 """Proposals before TPE takes over: at most `NUM_ORDERED` that the estimates put first, the rest random. The baseline
 and enqueued ones count."""
-NUM_MODELLED = 3
-"""Measured configurations from which on a listed space is modelled (`surrogate.py`)."""
 NUM_BEST, NUM_LATEST = 40, 60
 """Finished trials that a sampler looks at: TPE's time a proposal grows with each (55 ms at 1,000 trials)."""
 TOLD_VERSION = 1
@@ -339,17 +336,6 @@ def _told(row: TrialRow, verdict: Verdict, ledger: _Ledger) -> _Told:
     return _Told(state, values, constraints, _attributes(row, constraints, experiment))
 
 
-def _seen(key: str, row: TrialRow, verdict: Verdict, experiment: Experiment) -> Seen | None:
-    """A row for the surrogate; None where it says nothing of its configuration."""
-    if verdict in ("again", "given up") or is_pruned(row):
-        return None
-    values = objectives_of(row, experiment) if verdict == "measured" else None
-    if values is None:
-        return Seen(key, None, runs=False)
-    over = {name: math.log1p(max(miss, -0.99)) for name, miss in constraints_of(row, experiment).items()}
-    return Seen(key, values[0], {name: miss for name, miss in over.items() if name != "runs"})
-
-
 def _attributes(row: TrialRow, constraints: Mapping[str, float], experiment: Experiment) -> dict[str, Any]:
     """User attributes; `trial_id` ties an Optuna trial to its row."""
     named: dict[str, Any] = {
@@ -427,8 +413,7 @@ class _Untried:
 
     def __init__(self, space: Space, seed: int, pruner: Pruner | None) -> None:
         self._space, self._pruner, self._rng = space, pruner, random.Random(seed)
-        self._points: dict[str, Params] | None = None
-        self._listed: Mapping[str, Params] | None = None
+        self._listed: dict[str, Params] | None = None
 
     def near(self, params: Params, known: Callable[[str], bool]) -> Params | None:
         """An untried configuration, the nearest found to what the sampler wanted."""
@@ -442,17 +427,11 @@ class _Untried:
 
     def relist(self) -> None:
         """The rules say less than before."""
-        self._listed = self._points = None
-
-    def points(self) -> Mapping[str, Params]:
-        """All of the space that may work, tried or not; nothing where it is too large to list."""
-        if self._points is None:
-            self._points = self._list()
-        return self._points
+        self._listed = None
 
     def _sample(self, known: Callable[[str], bool], at_most: int = 512) -> list[Params]:
         if self._listed is None:
-            self._listed = self.points()
+            self._listed = self._list()
         if not self._listed:
             return self._draw(known)
         self._listed = {key: params for key, params in self._listed.items() if not known(key)}
@@ -490,7 +469,7 @@ class Study:
 
     Attributes:
         ended: why the last `propose` had nothing more to give; None while it may have.
-        num_ordered: proposals that were taken from `order.first` when it was opened.
+        num_ordered: proposals that were taken from `first` when it was opened.
     """
 
     def __init__(
@@ -501,7 +480,7 @@ class Study:
         study: _ShortMemory,
         past: Sequence[TrialRow],
         pruner: Pruner | None = None,
-        order: Order | None = None,
+        first: Sequence[ServingConfig] = (),
     ) -> None:
         self.experiment, self.space = experiment, space
         self.num_ordered = 0
@@ -514,13 +493,11 @@ class Study:
         self._trials: dict[int, optuna.trial.Trial] = {}
         self._in_space: set[str] = set()
         self._untried = _Untried(space, experiment.study.seed, pruner)
-        self._expected = order.expected if order is not None else {}
-        self._surrogate: Surrogate | None = None
         self._fruitless = 0
         self._missed: Params | None = None  # what the sampler wanted last, and the rules ruled out
         self._last: str | None = None
         self._reconcile(past)
-        self._order(order.first if order is not None else ())
+        self._order(first)
 
     @property
     def spent(self) -> int:
@@ -591,7 +568,6 @@ class Study:
                 del self._ledger.answers[row.config_hash]
             self._optuna.forgotten.add(row.trial_id)
         self._untried.relist()
-        self._surrogate = None
         self._fruitless = 0
         self._fill_queue([])
 
@@ -634,8 +610,6 @@ class Study:
 
     def _sampled(self) -> Proposal | None:
         """What the sampler proposes, or what lies nearest to it when it repeats itself; None for a duplicate."""
-        if (wanted := self._modelled()) is not None:
-            return self._asked(wanted)
         trial, params, config = self._ask()
         if not self._known(config.hash):
             return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
@@ -643,30 +617,15 @@ class Study:
         self._fruitless += 1
         return self._untried_near(params) if self.space.size() is not None else None
 
-    def _modelled(self) -> Params | None:
-        """The most promising of a space that is listed; None where another sampler proposes, or is to begin."""
-        e, points = self.experiment, self._untried.points()
-        seen = [seen for key, answer in self._ledger.answers.items() if (seen := _seen(key, *answer, e)) is not None]
-        known = sum(one.value is not None and one.key in points for one in seen)
-        if e.study.sampler != "auto" or len(e.objectives) > 1 or known < NUM_MODELLED:
-            return None
-        if self._surrogate is None:
-            up = e.objectives[0].direction == "maximize"
-            self._surrogate = Surrogate(points, self._expected, maximize=up, seed=e.study.seed)
-        left = [key for key in points if not self._known(key)]
-        wanted = self._surrogate.next(seen, list(self._in_flight), left)
-        return None if wanted is None else points[wanted.key]
-
     def _near_missed(self) -> Proposal | None:
         params, self._missed = self._missed, None
         return None if params is None else self._untried_near(params)
 
     def _untried_near(self, params: Params) -> Proposal | None:
         near = self._untried.near(params, self._known)
-        return None if near is None else self._asked(near)
-
-    def _asked(self, wanted: Params) -> Proposal:
-        trial, params, config = self._ask(wanted)
+        if near is None:
+            return None
+        trial, params, config = self._ask(near)
         return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
 
     def _ask(self, fixed: Params | None = None) -> tuple[optuna.trial.Trial, Params, ServingConfig]:
@@ -807,7 +766,7 @@ def open_study(
     *,
     past: Sequence[TrialRow],
     pruner: Pruner | None = None,
-    order: Order | None = None,
+    first: Sequence[ServingConfig] = (),
 ) -> Study:
     """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
 
@@ -817,7 +776,7 @@ def open_study(
         storage_url: `journal:PATH`, `sqlite:///PATH` or `postgresql://...`.
         past: this study's rows in the store.
         pruner: what rules configurations out; None when nothing does. Rows that no longer stand are left out.
-        order: what the estimates put first (`order.first_proposals`), and what they expect of the rest.
+        first: what the estimates put first (`order.first_proposals`); the start-up proposals come from it in part.
 
     Raises:
         InputError: an unknown sampler, or a storage that cannot be used.
@@ -829,7 +788,7 @@ def open_study(
         storage = _storage(storage_url)
         try:
             study = _agreeing(storage, experiment, sampler, {row.trial_id for row in past})
-            return Study(experiment, space, storage, study, past, pruner, order)
+            return Study(experiment, space, storage, study, past, pruner, first)
         except BaseException:
             _close(storage)
             raise

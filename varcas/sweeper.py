@@ -23,7 +23,7 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
-from varcas.order import first_proposals
+from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
@@ -261,10 +261,17 @@ class Sweeper:
             self._note(text)
         storage = experiment.study.storage or f"journal:{Path(experiment.results) / 'study.log'}"
         past = [row for row in self._rows if not _is_hopeless(row)]
-        order = first_proposals(experiment, self.space, site, self.pruner, self.store.rows())
-        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, order=order)
+        order = self._ordered(site)
+        first = order.first if order is not None else ()
+        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
         if order is not None and (count := self.study.num_ordered):
             self._note(f"the first {count} proposals of the search follow the roofline's estimates ({order.basis})")
+
+    def _ordered(self, site: Site) -> Order | None:
+        """What the estimates put first; None once the search is under way."""
+        if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
+            return None
+        return first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
 
     def _site(self) -> Site:
         """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
