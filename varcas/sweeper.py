@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.fetch import check_local_model, is_local, weights_problem
 from varcas.engine.node import Checked, Node, NodeFacts
@@ -479,11 +480,21 @@ class Sweeper:
             endpoint=job.checked.endpoint,
             log_dir=str(self._log_dir()),
             num_gpus=job.proposal.config.num_gpus if self.pool.slots.on_gpu else 0,
+            stop_rules=self._stop_rules(job),
         )
         self._jobs[job.key] = (job, time.monotonic())
         self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
         self.pool.prepare()
         self._emit(Event("start", text=_described(job), number=job.number))
+
+    def _stop_rules(self, job: Job) -> StopRules | None:
+        """What may end a search's load early; baseline, audits and confirmation are measured in full."""
+        experiment = self.experiment
+        if job.purpose != "search" or not experiment.study.early_stop:
+            return None
+        by_tokens = [objective.metric for objective in experiment.objectives] == ["output_tokens_per_s"]
+        best = find(self._rows, experiment).winner if by_tokens else None
+        return StopRules(dict(experiment.slo), None if best is None else best.output_tokens_per_s)
 
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
@@ -772,8 +783,19 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
         if outcome.state == "stopped":
-            columns |= {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
+            columns |= _stopped_columns(outcome, experiment)
     return columns
+
+
+def _stopped_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
+    """What a load that was cut short may say: no figure of it is ranked."""
+    assert outcome.load is not None
+    stop = outcome.early_stop
+    if stop is None:
+        return {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
+    least = {**dict.fromkeys(experiment.slo, 0.0), **stop.bounds}
+    known = {"constraints": least, "slo_met": False} if stop.kind == "slo" else {}
+    return {"valid": False, "invalid_reasons": [stop.text], "stopped_early": stop.text, **known}
 
 
 def _changes(key: str, old: Any, new: Any) -> str:

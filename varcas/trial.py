@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from varcas import hardware, telemetry
+from varcas.early_stop import StopRules
 from varcas.engine.node import Node, cache_dir
 from varcas.engine.vllm import HOST, VllmServer
 from varcas.errors import InputError, TrialError, VarcasError
 from varcas.experiment import Experiment
 from varcas.measurement import Loaded, Measurement
-from varcas.records import LoadResult, Outcome, Sample, ServerFacts, StageTimes, State
+from varcas.records import EarlyStop, LoadResult, Outcome, Sample, ServerFacts, StageTimes, State
 from varcas.space import ServingConfig
 from varcas.workload.chat_template import decide_endpoint
 from varcas.workload.driver import Load
@@ -42,6 +43,7 @@ class TrialTask:
         endpoint: chat or completions, as the validator decided; None: decided from the model's files.
         log_dir: where the server's log goes.
         num_gpus: GPUs reserved for it; 0 on a CPU.
+        stop_rules: what may end its load early; None: nothing.
     """
 
     label: str
@@ -52,6 +54,7 @@ class TrialTask:
     endpoint: Endpoint | None
     log_dir: str
     num_gpus: int
+    stop_rules: StopRules | None = None
 
 
 def run_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
@@ -81,6 +84,7 @@ class _Trial:
         self._facts = ServerFacts()
         self._load: LoadResult | None = None
         self._samples: tuple[Sample, ...] = ()
+        self._early_stop: EarlyStop | None = None
 
     def run(self) -> Outcome:
         started_at = datetime.datetime.now(datetime.UTC)
@@ -92,6 +96,8 @@ class _Trial:
         except TrialError as error:
             kind, detail = error.kind, error.detail
             state = "stopped" if kind == "interrupted" else "failed"
+        if state == "complete" and self._early_stop is not None:
+            state = "stopped"
         return Outcome(
             state=state,
             started_at=started_at,
@@ -103,6 +109,7 @@ class _Trial:
             failure_kind=kind,
             failure_detail=detail,
             log_path=str(self._log),
+            early_stop=self._early_stop if state == "stopped" and kind is None else None,
         )
 
     def _measure(self) -> None:
@@ -160,11 +167,13 @@ class _Trial:
             self._experiment.server.stall_timeout_s,
             cache_dir() / "prompts",
             self._cancelled,
+            stop_rules=self._task.stop_rules,
         )
         try:
             measurement.run()
         finally:
             self._load, self._samples = measurement.load, measurement.samples
+            self._early_stop = measurement.early_stop
             self._spent_s["warmup"] = measurement.warmup_s
             self._spent_s["load"], self._spent_s["drain"] = measurement.load_s, measurement.drain_s
 
