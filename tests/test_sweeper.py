@@ -15,6 +15,7 @@ import pytest
 
 from tests import sweep_work
 from tests.sweep_work import outcome
+from varcas.budget import Budget
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
@@ -81,7 +82,7 @@ def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tm
 def test_a_budget_ends_a_sweep_in_its_confirmation_too(tmp_path: Path) -> None:
     run(experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}"))
     began_s = time.monotonic()
-    answer = run(experiment(tmp_path, SPACE), budget_s=1.0)
+    answer = run(experiment(tmp_path, SPACE), budget=Budget(wall_s=1.0))
     assert time.monotonic() - began_s < 60
     assert answer.verdict == "unconfirmed"
     assert "budget" in answer.ended

@@ -23,6 +23,7 @@ import typer
 from pydantic import BaseModel
 
 from varcas import __version__
+from varcas.budget import parse_budget, parse_duration
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
 from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
 
@@ -81,13 +82,18 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="wall time to spend, confirmation included: 30m, 2h, 900s")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="to spend, confirmation included: wall time (30m, 2h), GPU hours (2gpuh), money (5usd)")
+    ] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")
     ] = None,
+    no_warm_start: Annotated[
+        bool, typer.Option("--no-warm-start", help="leave out what other studies in the store measured")
+    ] = False,
     results: ResultsOpt = None,
     as_json: Json = False,
 ) -> None:
@@ -100,15 +106,18 @@ def sweep(
     from varcas.report import as_text
     from varcas.sweeper import sweep as run_sweep
 
-    budget_s = None if budget is None else parse_duration(budget)
-    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
+    limits = None if budget is None else parse_budget(budget)
+    warm_start = False if no_warm_start else None
+    loaded = _with(
+        load_experiment(experiment), results=results, trials=trials, repeats=repeats, warm_start=warm_start
+    )
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
         try:
             answer = run_sweep(
                 loaded,
                 address=address,
-                budget_s=budget_s,
+                budget=limits,
                 on_event=progress,
                 stopping=stopping,
             )
@@ -451,21 +460,6 @@ def _require_free(port: int) -> None:
         raise InputError(f"--port: {port}: cannot be listened on ({error}). Give another, e.g. --port 8081.") from error
 
 
-def parse_duration(text: str, option: str = "--budget") -> float:
-    """Seconds of `30m`, `2h`, `90s` or `1h30m`.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    if text.strip().isdigit():
-        raise InputError(f"{option}: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
-    if not text.strip() or match is None:
-        raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
 def _slo(pairs: list[str]) -> dict[str, float]:
     limits: dict[str, float] = {}
     for pair in pairs:
@@ -477,9 +471,9 @@ def _slo(pairs: list[str]) -> dict[str, float]:
     return limits
 
 
-def _with(experiment: Experiment, *, results: Path | None, trials: int | None, repeats: int | None) -> Experiment:
+def _with(experiment: Experiment, *, results: Path | None, **study_fields: int | bool | None) -> Experiment:
     """The experiment with the command line's values over the file's."""
-    study = {key: new for key, new in (("trials", trials), ("repeats", repeats)) if new is not None}
+    study = {key: new for key, new in study_fields.items() if new is not None}
     changed: dict[str, Any] = {}
     if study:
         changed["study"] = Study.model_validate({**experiment.study.model_dump(), **study})

@@ -351,6 +351,7 @@ class TrialRow(BaseModel):
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
     warnings: list[str] = Field(default_factory=list, description="what is odd about it, without making it invalid")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
+    warm_from: str | None = _doc("study and number of the row that this is a copy of: measured there, and counted here")
     stopped_early: str | None = _doc(
         "why its load was ended before the window was over: an SLO was lost for certain (`constraints` then holds the "
         "least excess of each limit), or the best configuration so far was out of reach"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from varcas.budget import Budget, Purse
+from varcas.costs import StartCosts
 from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.fetch import check_local_model, is_local, weights_problem
@@ -22,18 +24,21 @@ from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
+from varcas.gpus import gpu as catalogued
+from varcas.gpus import variants
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
-from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
+from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, RequestRecord, Sample, StageTimes, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
 from varcas.study import Proposal, Study, make_sampler, open_study
 from varcas.trial import TrialTask, run_trial
+from varcas.warm_start import best_elsewhere, copied, same_conditions
 from varcas.workload.schedule import check_workload, identity
 
 POLL_S = 0.25
@@ -117,7 +122,7 @@ def sweep(
     experiment: Experiment,
     *,
     address: str | None = None,
-    budget_s: float | None = None,
+    budget: Budget | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stopping: threading.Event | None = None,
     run: Run = run_trial,
@@ -129,7 +134,7 @@ def sweep(
     Args:
         experiment: what to search (`load_experiment`).
         address: of a Ray cluster; None starts a local Ray, or joins the cluster of the Ray job this runs in.
-        budget_s: wall seconds to spend at most, confirmation included.
+        budget: wall time, GPU hours or money to spend at most, confirmation included.
         on_event: told of the plan, of each start and each row.
         stopping: set it to end early: running servers are stopped, everything measured so far is kept.
         run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
@@ -147,7 +152,7 @@ def sweep(
         Pool(experiment.hardware, address, **ray_options) as pool,
     ):
         stop = stopping or threading.Event()
-        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
+        sweeper = Sweeper(experiment, space, store, pool, budget or Budget(), on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
@@ -207,7 +212,7 @@ class Sweeper:
         space: Space,
         store: Store,
         pool: Pool,
-        budget_s: float | None,
+        budget: Budget,
         on_event: Callable[[Event], None],
         stopping: threading.Event,
         run: Run,
@@ -217,8 +222,9 @@ class Sweeper:
         self._make_node = node
         self._workload = identity(experiment.workload)
         self._emit, self._stopping, self._run = on_event, stopping, run
-        self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
-        self._budget_s = budget_s
+        self._purse = Purse(budget, _usd_per_gpu_h(pool.slots.gpu) if pool.slots.on_gpu else None)
+        if self._purse.limits_gpus and not pool.slots.on_gpu:
+            raise InputError("--budget: GPU hours and their price limit nothing here: the servers run on the CPU.")
         self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
         self._held: Job | None = None
         self.ended: str | None = None
@@ -256,6 +262,7 @@ class Sweeper:
         self._keep_fingerprint()
         self._rows = self.store.rows(experiment.name)
         self._next_number = max((row.number for row in self._rows), default=-1) + 1
+        self._adopt()
         site = self._site()
         self.pruner = Pruner(experiment, self.space, site, self._rows)
         for text in self.pruner.disabled.values():
@@ -266,13 +273,48 @@ class Sweeper:
         first = order.first if order is not None else ()
         self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
         if order is not None and (count := self.study.num_ordered):
-            self._note(f"the first {count} proposals of the search follow the roofline's estimates ({order.basis})")
+            self._note(f"the first {count} proposals of the search follow the estimates ({order.basis})")
+
+    def _adopt(self) -> None:
+        """Copies what other studies measured under the same conditions: it counts at once, and says where it is from."""
+        if not self.experiment.study.warm_start:
+            return
+        known = [row.config_hash for row in self._rows]
+        found = same_conditions(self.store.rows(), self.experiment, self.space, self._trial_key, answered=known)
+        taken = 0
+        for row, params in found:
+            mine = copied(row, params, self.experiment, self._next_number, self._slo_of, self._requests_of)
+            if mine is not None:
+                self._next_number += 1
+                self.store.append(mine, (), ())
+                self._rows.append(mine)
+                taken += 1
+        if taken:
+            self._note(f"{taken} configurations were measured under the same conditions in other studies: they count")
+
+    def _slo_of(self, study: str) -> Mapping[str, float] | None:
+        saved = self.store.study(study)
+        return None if saved is None else saved["fingerprint"]["slo"]
+
+    def _requests_of(self, trial_id: str) -> tuple[Sequence[RequestRecord], Sequence[Sample]]:
+        return self.store.requests(trial_id), self.store.samples(trial_id)
 
     def _ordered(self, site: Site) -> Order | None:
-        """What the estimates put first; None once the search is under way."""
+        """What other conditions and the estimates put first; None once the search is under way."""
         if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
             return None
-        return first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
+        order = first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
+        elsewhere = best_elsewhere(self.store.rows(), self.experiment, self.space) if self._may_seed() else []
+        if not elsewhere:
+            return order
+        more = order.first if order is not None else ()
+        first = {config.hash: config for config in (*elsewhere, *more) if self.pruner.verdict(config) is None}
+        basis = "what was best under other conditions" + (f"; {order.basis}" if order is not None else "")
+        return Order(tuple(first.values())[:NUM_ORDERED], basis)
+
+    def _may_seed(self) -> bool:
+        study = self.experiment.study
+        return study.warm_start and study.order and study.sampler not in ("random", "grid")
 
     def _site(self) -> Site:
         """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
@@ -386,10 +428,10 @@ class Sweeper:
         job, self._held = self._held, None
         while job is None:
             if self._out_of_time():
-                self.ended = "time budget spent"
                 return None
             if not self.pool.has_room(1):
                 return None
+            self.study.costs = self._costs()
             early = self._audit() if 3 * self.study.spent >= self.experiment.study.trials else None
             proposal = early or self.study.propose() or self._audit()
             if proposal is None:
@@ -404,6 +446,10 @@ class Sweeper:
             return job
         self._held = job
         return None
+
+    def _costs(self) -> StartCosts:
+        plan = self.plan()
+        return StartCosts.of(self._rows, start_s=plan.start_s, load_s=plan.load_s)
 
     def _audit(self) -> Proposal | None:
         """A configuration that is ruled out, to be started all the same, from a third of the search on.
@@ -500,6 +546,7 @@ class Sweeper:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
+            self._purse.charge((time.monotonic() - submitted_s) * job.proposal.config.num_gpus)
             row, outcome = self._measured_row(job, finished, time.monotonic() - submitted_s)
             self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
 
@@ -558,7 +605,6 @@ class Sweeper:
                 self._start(self._confirm_job(*queue.pop(0)))
             self._collect()
             if not self.pool.busy and self._out_of_time(reserve=False):
-                self.ended = self.ended or "time budget spent"
                 return False
             best = find(self._rows, self.experiment).winner
             if best is None or best.config_hash != winner.config_hash:
@@ -632,7 +678,7 @@ class Sweeper:
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
             load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
-            budget_s=self._budget_s,
+            budget_s=self._purse.wall_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
             audit_starts=self.pruner.audits_left,
@@ -657,13 +703,14 @@ class Sweeper:
         return min(left, sum(self.study.answered(key) is None for key in hashes))
 
     def _out_of_time(self, reserve: bool = True) -> bool:
-        """Whether one more search start would eat what confirmation needs."""
-        if self._deadline_s is None:
-            return False
-        plan = self.plan()
-        one_s = plan.start_s + plan.load_s
-        need_s = one_s + (plan.confirm_starts * one_s / plan.width if reserve else 0.0)
-        return time.monotonic() + need_s > self._deadline_s
+        """Whether one more start would eat what is left, or what confirmation needs; then `ended` says which budget."""
+        plan, gpus = self.plan(), self.space.config(self.experiment.baseline).num_gpus
+        one_s, kept = plan.start_s + plan.load_s, plan.confirm_starts if reserve else 0
+        busy_s = len(self._jobs) * one_s * gpus
+        short = self._purse.short_of(one_s + kept * one_s / plan.width, busy_s + (1 + kept) * one_s * gpus)
+        if short is not None and not self.pool.busy:
+            self.ended = self.ended or f"{short} budget spent"
+        return short is not None
 
     def _number(self) -> int:
         number = self._next_number
@@ -746,6 +793,12 @@ class Sweeper:
             "audited_rule": job.audited_rule,
         }
         return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
+
+
+def _usd_per_gpu_h(kind: str) -> float | None:
+    """List price of a GPU of the catalogue; None where it has none."""
+    price = catalogued(kind).price if variants(kind) else None
+    return None if price is None else price.usd_per_h
 
 
 def _is_hopeless(row: TrialRow) -> bool:
