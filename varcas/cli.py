@@ -259,11 +259,15 @@ def results(
     sql: Annotated[str | None, typer.Option(help="DuckDB SQL over the views trials, requests, samples")] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort by, `-column` for largest first")] = None,
     invalid: Annotated[bool, typer.Option("--invalid", help="only measurements that are not to be believed")] = False,
+    effects: Annotated[
+        bool, typer.Option("--effects", help="what each flag does to the objective, and which act together")
+    ] = False,
 ) -> None:
     """Shows the trials of a study.
 
     Example: `varcas results --sql "select number, output_tokens_per_s from trials order by 2 desc"`
     """
+    from varcas.effects import effects_text
     from varcas.live import has_dash, trials_table
     from varcas.report import DASH_NOTE
     from varcas.results import Results
@@ -275,6 +279,10 @@ def results(
     if sql:
         _print_table(opened.sql(sql), out)
         return
+    if effects:
+        found = opened.effects(_study_name(study))
+        _print(found, as_json, effects_text(found))
+        return
     rows = opened.trials(_study_name(study), sort=sort)
     rows = [row for row in rows if row.valid is False] if invalid else rows
     if out is Format.table:
@@ -284,6 +292,34 @@ def results(
         return
     dumped = [row.model_dump(mode="json") for row in rows]
     print(json.dumps(dumped, indent=2) if out is Format.json else _csv(dumped), end="" if out is Format.csv else "\n")
+
+
+@app.command()
+def compare(
+    study_a: Annotated[str, typer.Argument(metavar="STUDY_A", help="study name or experiment file: before")],
+    study_b: Annotated[str, typer.Argument(metavar="STUDY_B", help="study name or experiment file: after")],
+    results: ResultsOpt = None,
+    results_b: Annotated[
+        Path | None, typer.Option("--results-b", help="results directory of STUDY_B [default: that of STUDY_A]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what changed from one study to another, per metric, with intervals over starts. Starts nothing.
+
+    Exits 1 when a metric is worse with the whole of its interval.
+
+    Example: `varcas compare before-upgrade after-upgrade --json`
+    """
+    from varcas.compare import compare_studies, comparison_text
+    from varcas.results import Results
+
+    first = _results_path(study_a, results)
+    second = results_b or (_results_path(study_b, results) if _is_file(study_b) else first)
+    before, after = Results(first).trials(_study_name(study_a)), Results(second).trials(_study_name(study_b))
+    answer = compare_studies(before, after)
+    _print(answer, as_json, comparison_text(answer))
+    if answer.regressed:
+        raise typer.Exit(VarcasError.exit_code)
 
 
 @app.command()
