@@ -20,7 +20,7 @@ from varcas.experiment import Workload
 from varcas.measurement import Progress as LoadProgress
 from varcas.records import LATENCIES, STATISTICS, TrialRow
 from varcas.report import described
-from varcas.sweeper import Event, Plan
+from varcas.starts import Event, Plan
 
 SHOWN_ROWS = 15
 TOLD_EVERY_S = 5.0
