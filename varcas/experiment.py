@@ -301,6 +301,10 @@ class Study(BaseModel):
         description="share of the configurations ruled out that is started all the same, to test the rules; at most "
         "this share of `trials`, rounded up, on top of them",
     )
+    early_stop: bool = Field(
+        default=True,
+        description="ends a search's load once its SLO is lost for certain, or the best so far is out of reach",
+    )
     order: bool = Field(
         default=True,
         description="up to 3 of the first proposals follow the roofline's estimates, where it has some",

@@ -67,6 +67,8 @@ def proposal_text(row: TrialRow) -> str:
 
 def verdict_text(row: TrialRow) -> str:
     """A few words on a row: `ok`, `slo missed`, the failure kind, `not valid`; what was left unfinished."""
+    if row.stopped_early:
+        return "slo lost, stopped early" if row.slo_met is False else "out of reach, stopped early"
     if row.state != "complete":
         return row.reason_rule or row.failure_kind or row.state
     if row.valid is False:
@@ -111,7 +113,7 @@ def row_line(row: TrialRow) -> str:
     """A row as one plain line."""
     head = f"trial {row.number}: {proposal_text(row)}: {verdict_text(row)}"
     if row.state != "complete":
-        return f"{head}: {reason(row.failure_detail)}"
+        return f"{head}: {reason(row.failure_detail or row.stopped_early)}"
     return (
         f"{head}: {cell(row.output_tokens_per_s)} tok/s, TTFT p50 {cell(row.ttft_p50_ms, 0)} ms, "
         f"TPOT mean {cell(row.tpot_mean_ms)} ms (start {cell(row.server_start_s, 0)} s, "

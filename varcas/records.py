@@ -24,6 +24,11 @@ STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p99_9")
 LATENCY_METRICS = tuple(f"{name}_{statistic}_ms" for name in LATENCIES for statistic in STATISTICS)
 RATE_METRICS = ("output_tokens_per_s", "request_rate_rps", "goodput_rps", "goodput_tokens_per_s")
 SENT_STATISTICS = ("mean", "p50", "p95", "p99")
+PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
+"""Statistic to its rank in thousandths: integers, so that no rank depends on a rounding error."""
+
+MAX_EXCESS = 100.0
+"""Largest value of a constraint: an infinite latency is 101 times its limit, and Optuna's sums stay finite."""
 
 SLO_PRESETS: dict[str, dict[str, float]] = {
     "mlperf-llama2-70b": {"ttft_p99_ms": 2000.0, "tpot_p99_ms": 200.0},
@@ -32,6 +37,12 @@ SLO_PRESETS: dict[str, dict[str, float]] = {
     "mlperf-llama3.1-8b-interactive": {"ttft_p99_ms": 500.0, "tpot_p99_ms": 30.0},
 }
 """MLPerf Inference's limits for its server and interactive scenarios, by the name that `slo:` may give instead."""
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """`ttft_p99_9_ms` is (`ttft`, `p99_9`)."""
+    name, _, rest = key.removesuffix("_ms").partition("_")
+    return name, rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +155,35 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended while its load still runs; the fields are those of its `RequestRecord`."""
+
+    index: int
+    scheduled_s: float
+    first_token_s: float | None
+    last_token_s: float | None
+    output_tokens: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """Why a load ended before its window did.
+
+    Attributes:
+        kind: an SLO is lost for certain, or the incumbent is out of reach.
+        text: in words, with figures.
+        at_s: when, from the start of the window.
+        bounds: `slo`: each limit's least excess (value / limit - 1); `beaten`: the metric's upper bound.
+    """
+
+    kind: Literal["slo", "beaten"]
+    text: str
+    at_s: float
+    bounds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One look at the server's `/metrics` and at the GPU (of several GPUs: sums for memory and power, worst else)."""
 
@@ -249,6 +289,7 @@ class Outcome:
     failure_kind: str | None = None
     failure_detail: str | None = None
     log_path: str | None = None
+    early_stop: EarlyStop | None = None
     live: bool = False
 
 
@@ -314,6 +355,10 @@ class TrialRow(BaseModel):
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
     warnings: list[str] = Field(default_factory=list, description="what is odd about it, without making it invalid")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
+    stopped_early: str | None = _doc(
+        "why its load was ended before the window was over: an SLO was lost for certain (`constraints` then holds the "
+        "least excess of each limit), or the best configuration so far was out of reach"
+    )
     fetch_s: float | None = _doc("getting the model onto this node; 0 once it is there")
     cooldown_s: float | None = _doc("waiting for the GPU to cool before the start; no overhead")
     server_start_s: float | None = _doc("spawn to the first real completion")

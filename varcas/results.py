@@ -174,7 +174,9 @@ def trial_text(row: TrialRow, slo: Mapping[str, float] | None = None) -> str:
         lines += [f"  {ANYWAY}"] if is_pruned(row) else []
     if row.audited_rule:
         lines.append(f"  started although rule {row.audited_rule} says it cannot work, to test that rule")
-    if row.invalid_reasons:
+    if row.stopped_early:
+        lines.append(f"  {row.stopped_early}")
+    elif row.invalid_reasons:
         lines.append(f"  not to be believed: {'; '.join(row.invalid_reasons)}")
     lines += [f"  warning: {warning}" for warning in row.warnings]
     lines += ["", "flags:", *(f"  {name}: {text}" for name, text in sorted(row.flags.items()))]

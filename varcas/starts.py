@@ -437,8 +437,19 @@ def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
         if outcome.state == "complete":
             columns |= constraints_of(outcome.load, experiment.slo)
         if outcome.state == "stopped":
-            columns |= {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
+            columns |= _stopped_columns(outcome, experiment)
     return columns
+
+
+def _stopped_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
+    """What a load that was cut short may say: no figure of it is ranked."""
+    assert outcome.load is not None
+    stop = outcome.early_stop
+    if stop is None:
+        return {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
+    least = {**dict.fromkeys(experiment.slo, 0.0), **stop.bounds}
+    known = {"constraints": least, "slo_met": False} if stop.kind == "slo" else {}
+    return {"valid": False, "invalid_reasons": [stop.text], "stopped_early": stop.text, **known}
 
 
 def _changes(key: str, old: Any, new: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.fetch import weights_problem
 from varcas.engine.node import Checked, Node
@@ -283,7 +284,16 @@ class Sweeper(Starts):
         return True
 
     def _start(self, job: Job) -> None:
-        self._submit(job, self._run, self._task(job), _described(job))
+        self._submit(job, self._run, replace(self._task(job), stop_rules=self._stop_rules(job)), _described(job))
+
+    def _stop_rules(self, job: Job) -> StopRules | None:
+        """What may end a search's load early; baseline, audits and confirmation are measured in full."""
+        experiment = self.experiment
+        if job.purpose != "search" or not experiment.study.early_stop:
+            return None
+        by_tokens = [objective.metric for objective in experiment.objectives] == ["output_tokens_per_s"]
+        best = find(self._rows, experiment).winner if by_tokens else None
+        return StopRules(dict(experiment.slo), None if best is None else best.output_tokens_per_s)
 
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from varcas import hardware, telemetry
+from varcas.early_stop import StopRules
 from varcas.engine.live_server import ARGV, LiveServer, NotLiveError
 from varcas.engine.node import Node, cache_dir
 from varcas.engine.vllm import HOST, VllmServer, server_env
@@ -25,7 +26,7 @@ from varcas.errors import InputError, TrialError, VarcasError
 from varcas.experiment import Experiment, Workload
 from varcas.inner import Limits
 from varcas.measurement import Loaded, Measurement
-from varcas.records import LoadResult, Outcome, Sample, ServerFacts, StageTimes, State
+from varcas.records import Outcome, ServerFacts, StageTimes, State
 from varcas.space import ServingConfig
 from varcas.workload.chat_template import decide_endpoint
 from varcas.workload.driver import Load
@@ -48,6 +49,7 @@ class TrialTask:
         endpoint: chat or completions, as the validator decided; None: decided from the model's files.
         log_dir: where the server's log goes.
         num_gpus: GPUs reserved for it; 0 on a CPU.
+        stop_rules: what may end its load early; None: nothing.
         live: its limits are to change while it runs: it is started with our scheduler.
     """
 
@@ -59,6 +61,7 @@ class TrialTask:
     endpoint: Endpoint | None
     log_dir: str
     num_gpus: int
+    stop_rules: StopRules | None = None
     live: bool = False
 
 
@@ -145,7 +148,7 @@ def run_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
         task: what to start and how to load it.
         cancelled: set it to end early; what was measured until then is kept.
     """
-    steps = (Step(task.config, task.experiment.workload),)
+    steps = (Step(task.config, task.experiment.workload, stop_rules=task.stop_rules),)
     return run_series(task, cancelled, plan=Listed(steps)).done[0].outcome
 
 
@@ -236,20 +239,22 @@ class _Start:
 
     def _keep(self, step: Step, state: State = "complete", error: TrialError | None = None) -> None:
         """Turns what was measured since the last step into an outcome."""
-        facts = self._facts
+        facts, measured = self._facts, self._measured
         if self._in_force:
             facts = dataclasses.replace(facts, resolved={**facts.resolved, "live": self._in_force})
+        early_stop = measured.early_stop if measured and state == "complete" else None
         outcome = Outcome(
-            state=state,
+            state="stopped" if early_stop else state,
             started_at=self._began_at,
             host=telemetry.gpu_facts(self._gpus),
             times=self._times(),
             facts=facts,
-            load=self._measured.load if self._measured else None,
-            samples=self._measured.samples if self._measured else (),
+            load=measured.load if measured else None,
+            samples=measured.samples if measured else (),
             failure_kind=error.kind if error else None,
             failure_detail=error.detail if error else None,
             log_path=str(self._log),
+            early_stop=early_stop,
             live=self._live is not None,
         )
         self._done.append(Done(step, outcome))
