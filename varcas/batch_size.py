@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.node import Checked, Node
 from varcas.errors import InputError, VarcasError
-from varcas.experiment import Choices, Experiment, Objective, Workload
+from varcas.experiment import Choices, Experiment, Objective
 from varcas.inner import Limits, LiveStart, at_most, live_problem, live_start
 from varcas.intervals import t_quantile
 from varcas.pool import Finished, Pool
@@ -35,13 +35,10 @@ from varcas.space import ServingConfig
 from varcas.starts import HOPELESS, POLL_S, Event, Job, Starts, check, located
 from varcas.store import Store
 from varcas.study import Proposal
-from varcas.trial import Listed, Series, Step, run_series
+from varcas.trial import Listed, Series, Step, cold_step, run_series
 
-Flag = Literal["max_num_seqs", "max_num_batched_tokens"]
 RESOLUTION = 0.03
 """Two values closer than this are equal: live and fresh servers differ by as much (docs/batch_size.md)."""
-COLD_S = 20.0
-"""A cold server's first load is no longer than this; it measures low and is thrown away."""
 MAX_STARTS_LOST = 3
 """Starts without a new measurement before the rest is given up."""
 DEFAULT_VALUES: dict[str, tuple[int, ...]] = {
@@ -117,7 +114,7 @@ def batch_size_search(
     experiment: Experiment,
     values: Sequence[int] = (),
     *,
-    flag: Flag = "max_num_seqs",
+    flag: str = "max_num_seqs",
     fresh: bool = False,
     confirm: bool = False,
     address: str | None = None,
@@ -199,7 +196,7 @@ class Curve(Starts):
 
     def __init__(
         self, experiment: Experiment, space: Any, store: Store, pool: Pool, on_event: Callable[[Event], None],
-        stopping: threading.Event, node: Callable[..., Any], run: Work, flag: Flag, values: tuple[int, ...],
+        stopping: threading.Event, node: Callable[..., Any], run: Work, flag: str, values: tuple[int, ...],
     ) -> None:  # fmt: skip
         super().__init__(experiment, space, store, pool, on_event, stopping, node)
         self._run, self._flag, self._asked = run, flag, values
@@ -298,17 +295,11 @@ class Curve(Starts):
         """One server start and its loads, in an order that drift does not share with the values."""
         order = list(left)
         random.Random(self.experiment.study.seed).shuffle(order)
-        cold = Step(start.config, self._cold, Limits(), discarded=True)
+        cold = cold_step(start.config, self.experiment.workload, Limits())
         steps = (cold, *(Step(o.config, self.experiment.workload, self._limits(o.value)) for o in order))
         job = self._job(max(one.value for one in left), start.config, checked, live=True)
         text = f"{self._flag} {', '.join(str(one.value) for one in order)} on one server"
         return self._run_job(job, Listed(steps), text, {one.config.hash: one.value for one in order}, live=True)
-
-    @property
-    def _cold(self) -> Workload:
-        workload = self.experiment.workload
-        changed = {"duration_s": min(workload.duration_s, COLD_S), "max_drain_s": min(workload.max_drain_s, COLD_S)}
-        return workload.model_copy(update=changed)
 
     # fresh
 
@@ -322,7 +313,8 @@ class Curve(Starts):
 
     def _fresh(self, one: _Wanted, text: str) -> Series:
         job = self._job(one.value, one.config, one.checked)
-        steps = (Step(one.config, self._cold, discarded=True), Step(one.config, self.experiment.workload))
+        workload = self.experiment.workload
+        steps = (cold_step(one.config, workload), Step(one.config, workload))
         return self._run_job(job, Listed(steps), text, {one.config.hash: one.value}, live=False)
 
     def confirm(self) -> None:
@@ -353,10 +345,7 @@ class Curve(Starts):
         work = functools.partial(self._run, plan=plan)
         self._num_starts += 1
         self._submit(job, work, self._task(job, live=live), text)
-        while self.pool.busy:
-            if self._stopping.is_set():
-                raise KeyboardInterrupt
-            self._collect()
+        self._drain()
         last = self._series_done.done[-1].outcome if self._series_done.done else None
         if last is not None and last.failure_kind in HOPELESS:
             raise VarcasError(

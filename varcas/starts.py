@@ -220,6 +220,13 @@ class Starts:
         """Waits for the next work to end, and records it."""
         raise NotImplementedError
 
+    def _drain(self) -> None:
+        """Waits for all of it. Raises KeyboardInterrupt when asked to stop."""
+        while self.pool.busy:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            self._collect()
+
     def _keep_fingerprint(self) -> None:
         """Rows of one study name must have measured the same thing.
 
@@ -342,8 +349,17 @@ class Starts:
         columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
         return self._row(job, **columns), outcome
 
-    def _series_rows(self, job: Job, series: Series, wall_s: float) -> list[tuple[TrialRow, Done]]:
-        """A row for each measurement of one server start; the first one bears what none of its stages holds."""
+    def _series_rows(
+        self, job: Job, series: Series, wall_s: float, main: int | None = None
+    ) -> list[tuple[TrialRow, Done]]:
+        """A row for each measurement of one server start; the first one bears what none of its stages holds.
+
+        Args:
+            job: the start's.
+            series: what came of it.
+            wall_s: of the start.
+            main: the measurement that answers the job; the others are points of a capacity. None: all answer it.
+        """
         server_id = hashlib.sha256(f"{self._trial_id(job)}:{job.number}".encode()).hexdigest()[:16]
         found: list[tuple[TrialRow, Done]] = []
         kept = series.kept()
@@ -353,7 +369,8 @@ class Starts:
             part = replace(
                 job,
                 proposal=replace(job.proposal, config=step.config),
-                number=self._number() if index else job.number,
+                number=job.number if index == (main or 0) else self._number(),
+                purpose=job.purpose if main in (None, index) else "capacity",
                 workload=step.workload,
                 live=outcome.live,
                 server_id=server_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import threading
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from varcas.capacity import Bisection, objective_columns, require_rate
 from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
 from varcas.engine.fetch import weights_problem
@@ -19,7 +21,7 @@ from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.pool import Pool
+from varcas.pool import Finished, Pool
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import Outcome, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
@@ -28,7 +30,7 @@ from varcas.space import ServingConfig, Space
 from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
 from varcas.store import Store
 from varcas.study import Proposal, Study, open_study
-from varcas.trial import TrialTask, run_trial
+from varcas.trial import Series, TrialTask, run_series, run_trial
 
 MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
@@ -39,6 +41,8 @@ MAX_LISTED = 10_000
 NOT_ASKED = Checked(ok=True)
 """Of a configuration that was ruled out before vLLM was asked."""
 TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
+TYPICAL_LOADS = 8
+"""Until a capacity is known, from a first rate that is off by a factor of four."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
@@ -73,6 +77,8 @@ def sweep(
         VarcasError: the work failed.
     """
     space = check(experiment)
+    if any(objective.metric == "capacity_rps" for objective in experiment.objectives):
+        require_rate(experiment)
     with (
         located(experiment),
         Store(experiment.results) as store,
@@ -284,7 +290,18 @@ class Sweeper(Starts):
         return True
 
     def _start(self, job: Job) -> None:
-        self._submit(job, self._run, replace(self._task(job), stop_rules=self._stop_rules(job)), _described(job))
+        self._submit(job, self._work(job), replace(self._task(job), stop_rules=self._stop_rules(job)), _described(job))
+
+    def _work(self, job: Job) -> Callable[[TrialTask, threading.Event], Any]:
+        """What the worker does: one load, or those that find a capacity."""
+        e = self.experiment
+        if not self._by_capacity:
+            return self._run
+        return functools.partial(run_series, plan=Bisection(job.proposal.config, e.workload, dict(e.slo)))
+
+    @property
+    def _by_capacity(self) -> bool:
+        return any(objective.metric == "capacity_rps" for objective in self.experiment.objectives)
 
     def _stop_rules(self, job: Job) -> StopRules | None:
         """What may end a search's load early; baseline, audits and confirmation are measured in full."""
@@ -299,8 +316,22 @@ class Sweeper(Starts):
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
-            row, outcome = self._measured_row(job, finished, time.monotonic() - submitted_s)
+            row, outcome = self._answered(job, finished, time.monotonic() - submitted_s)
             self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
+
+    def _answered(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
+        """The row of a start; of one whose capacity was looked for, its other loads are stored beside it."""
+        series = finished.result
+        if not isinstance(series, Series):
+            return self._measured_row(job, finished, wall_s)
+        main, columns = objective_columns(series, self.experiment.slo)
+        rows = self._series_rows(job, series, wall_s, main)
+        for index, (row, done) in enumerate(rows):
+            if index != main:
+                load = done.outcome.load
+                self.store.append(row, load.records if load else (), done.outcome.samples)
+        row, done = rows[main]
+        return row.model_copy(update=columns if row.state == "complete" else {}), done.outcome
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
         load = outcome.load if outcome else None
@@ -421,7 +452,7 @@ class Sweeper(Starts):
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
         searches = study.trials if may_work is None else min(study.trials, may_work + 1)
-        done = self.study.spent
+        done, loads = self.study.spent, TYPICAL_LOADS if self._by_capacity else 1
         return Plan(
             study=self.experiment.name,
             space_size=size,
@@ -430,7 +461,7 @@ class Sweeper(Starts):
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
+            load_s=(workload.warmup_s + workload.duration_s + workload.max_drain_s) * loads + STOP_S,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},

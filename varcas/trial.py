@@ -32,6 +32,7 @@ from varcas.workload.chat_template import decide_endpoint
 from varcas.workload.driver import Load
 from varcas.workload.wire import Endpoint, Target
 
+COLD_S = 20.0
 INTERRUPTED_GRACE_S = 1.0
 """A stop that was asked for from outside has little time: Ray kills a job 3 s after its SIGTERM."""
 
@@ -82,6 +83,12 @@ class Step:
     limits: Limits | None = None
     discarded: bool = False
     stop_rules: StopRules | None = None
+
+
+def cold_step(config: ServingConfig, workload: Workload, limits: Limits | None = None) -> Step:
+    """A new server's first load, as it comes, but no longer than it takes to be warm; it measures low."""
+    changed = {name: min(getattr(workload, name), COLD_S) for name in ("duration_s", "max_drain_s")}
+    return Step(config, workload.model_copy(update=changed), limits, discarded=True)
 
 
 @dataclass(frozen=True, slots=True)
