@@ -360,7 +360,7 @@ class Starts:
             wall_s: of the start.
             main: the measurement that answers the job; the others are points of a capacity. None: all answer it.
         """
-        server_id = hashlib.sha256(f"{self._trial_id(job)}:{job.number}".encode()).hexdigest()[:16]
+        server_id = self._server_id(job)
         found: list[tuple[TrialRow, Done]] = []
         kept = series.kept()
         over_s = max(0.0, wall_s - sum(_staged_s(one.outcome.times) for one in kept))
@@ -380,6 +380,10 @@ class Starts:
             columns["overhead_s"] = 0.0 if index else over_s
             found.append((self._row(part, **columns), one))
         return found
+
+    def _server_id(self, job: Job) -> str:
+        """Of a start of several measurements."""
+        return hashlib.sha256(f"{self._trial_id(job)}:{job.number}".encode()).hexdigest()[:16]
 
     def _measured_before(self, job: Job, beside: Sequence[TrialRow] = ()) -> int:
         """How often the same was measured for the same purpose."""
