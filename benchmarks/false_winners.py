@@ -34,7 +34,8 @@ from varcas.pool import Finished, Slots
 from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
 from varcas.report import Recommendation
 from varcas.store import Store
-from varcas.sweeper import Sweeper, check
+from varcas.sweeper import Sweeper
+from varcas.starts import check
 from varcas.trial import TrialTask
 
 DRIFT, WAVE, COLD = 0.03, 0.01, 0.05

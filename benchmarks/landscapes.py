@@ -39,7 +39,7 @@ from varcas.experiment import Experiment, load_experiment
 from varcas.records import TrialRow
 from varcas.results import Results
 from varcas.space import Flags, Params, Space
-from varcas.sweeper import outcome_columns
+from varcas.starts import outcome_columns
 from varcas.trial import TrialTask, run_trial
 
 METRICS = (

@@ -18,7 +18,7 @@ from varcas.cli import parse_duration
 from varcas.errors import InputError
 from varcas.live import Progress, reason
 from varcas.store import Store
-from varcas.sweeper import Event, Plan
+from varcas.starts import Event, Plan
 
 pytestmark = pytest.mark.timeout(120)
 

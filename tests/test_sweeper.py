@@ -20,7 +20,8 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
 from varcas.results import Results, trial_text
-from varcas.sweeper import Event, outcome_columns, sweep
+from varcas.starts import Event, outcome_columns
+from varcas.sweeper import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 

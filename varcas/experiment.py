@@ -43,7 +43,7 @@ OWN_FLAGS = {
 """Flags that varcas sets itself, and what to do instead."""
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
-    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s"), "maximize"),
+    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s", "capacity_rps"), "maximize"),
     **dict.fromkeys((*LATENCY_METRICS, "energy_j", "server_start_s"), "minimize"),
 }
 """Metric to the direction in which it is better."""
@@ -462,6 +462,8 @@ class Experiment(BaseModel):
             raise ValueError(f"{both[0]} stands both in `serve` and in `space`: take it out of one")
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
+        if any(o.metric == "capacity_rps" for o in self.objectives) and not self.slo:
+            raise ValueError("objective capacity_rps needs an `slo`: it is the highest rate that meets it")
         return self
 
     def located(self, message: str) -> str:

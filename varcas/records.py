@@ -16,7 +16,9 @@ MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "audit", "confirm", "load"]
+Purpose = Literal["baseline", "search", "audit", "confirm", "load", "batch_size", "capacity"]
+ASIDE = frozenset({"batch_size", "capacity", "load"})
+"""Purposes of rows that answer a question of their own: no search counts or recommends them."""
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p99_9")
 LATENCY_METRICS = tuple(f"{name}_{statistic}_ms" for name in LATENCIES for statistic in STATISTICS)
@@ -271,9 +273,10 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a worker hands back for one server start; a failure is an outcome too.
+    """What a worker hands back for one measurement of a server start; a failure is an outcome too.
 
-    `started_at` is UTC. `load` is None when the load never ran; a load cut short keeps what it measured.
+    `started_at` is UTC. `load` is None when the load never ran; a load cut short keeps what it measured. `live`: the
+    server's limits could change while it ran.
     """
 
     state: State
@@ -287,6 +290,7 @@ class Outcome:
     failure_detail: str | None = None
     log_path: str | None = None
     early_stop: EarlyStop | None = None
+    live: bool = False
 
 
 def _doc(text: str) -> Any:
@@ -308,7 +312,7 @@ class TrialRow(BaseModel):
     server_id: str = Field(description="which server start; the unit of replication")
     purpose: Purpose = Field(
         description="why it was run: `baseline`, `search`, `audit` (the rules rule it out: run to test them), "
-        "`confirm`, or `load` of an endpoint that ran already"
+        "`confirm`, `load` of an endpoint that ran already, `batch_size` or `capacity` (a point of that command's curve)"
     )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")

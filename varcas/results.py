@@ -11,7 +11,7 @@ from varcas.effects import Effects, effects
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.pruner import is_pruned
-from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
+from varcas.records import ASIDE, LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
 from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
 from varcas.store import Store
 
@@ -90,7 +90,7 @@ class Results:
         scripts = self.path / "studies" / name
         saved = self._store.study(name) or {}
         ended, ruled_out = saved.get("ended"), saved.get("ruled_out")
-        answer = recommend(self._store.rows(name), self.experiment(name), ended=ended, ruled_out=ruled_out)
+        answer = recommend(self._searched(name), self.experiment(name), ended=ended, ruled_out=ruled_out)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
@@ -117,7 +117,11 @@ class Results:
         from varcas.study import dashboard_server
 
         name = self._named(study)
-        return dashboard_server(self.experiment(name), lambda: self._store.rows(name), port)
+        return dashboard_server(self.experiment(name), lambda: self._searched(name), port)
+
+    def _searched(self, name: str) -> list[TrialRow]:
+        """Rows of the search, without those of `varcas batch-size` and `capacity`."""
+        return [row for row in self._store.rows(name) if row.purpose not in ASIDE]
 
     def _named(self, study: str | None) -> str:
         names = self.studies()

@@ -32,6 +32,7 @@ MODEL_ID = "model"
 POLL_S = 0.1
 HTTP_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 1.0
+POKE_S = 10.0
 DOOM_S, QUIET_S = 5.0, 0.5
 """A server whose log says that its engine is dead gets so long at most to finish that log, and until it is quiet."""
 STOP_GRACE_S = 15.0
@@ -223,6 +224,12 @@ class VllmServer:
         """Its return code (negative: the signal); None while it runs."""
         return self._child.poll()
 
+    def poke(self, endpoint: Endpoint) -> bool:
+        """Has one token generated; whether it came."""
+        path, body = _hello(endpoint, 1)
+        answer = self._request("POST", path, self.api_key, body, POKE_S)
+        return answer is not None and answer.status == http.client.OK
+
     def failure(self, phase: Literal["start", "load"]) -> TrialError:
         """What the log and the exit status say went wrong."""
         kind, line = classify(read_log(self.log), self._child.poll(), phase)
@@ -309,9 +316,7 @@ class VllmServer:
 
     def _complete(self, cancelled: threading.Event, timeout_s: float, endpoint: Endpoint) -> None:
         """Has four tokens generated, in a thread, so that a server that hangs can be given up."""
-        prompt = {"messages": [{"role": "user", "content": "Hello"}]} if endpoint == "chat" else {"prompt": "Hello"}
-        path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
-        body = {"model": MODEL_ID, **prompt, "max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+        path, body = _hello(endpoint, 4)
         answers: list[_Answer | None] = []
 
         def ask() -> None:
@@ -356,6 +361,13 @@ class VllmServer:
                 return f"port {self.port} is still taken"
         held = hardware.memory_used_bytes(self._gpus) - self._memory_before_bytes
         return f"{held / 2**30:.1f} GiB of GPU memory are still held" if held > FREED_BYTES else None
+
+
+def _hello(endpoint: Endpoint, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of a small request."""
+    prompt = {"messages": [{"role": "user", "content": "Hello"}]} if endpoint == "chat" else {"prompt": "Hello"}
+    path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
+    return path, {"model": MODEL_ID, **prompt, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
 
 
 def kv_cache_tokens(log_text: str) -> int | None:
