@@ -289,6 +289,16 @@ class Study(BaseModel):
         description="`auto`: the search ends before `trials` once the expected improvement is below the noise between "
         "starts; samplers `auto` and `gp`",
     )
+    live: bool = Field(
+        default=True,
+        description="measures several values of `max_num_seqs` and `max_num_batched_tokens` on one server, where its "
+        "vLLM can change them while it is idle",
+    )
+    ablate: int = Field(
+        default=1,
+        ge=0,
+        description="starts for each flag of a confirmed winner, put back alone; flags that bring nothing are dropped",
+    )
     warm_start: bool = Field(
         default=True,
         description="what other studies in the store measured of the same configurations, under the same conditions, "

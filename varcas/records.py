@@ -16,7 +16,9 @@ MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "audit", "confirm", "load", "batch_size", "capacity"]
+Purpose = Literal["baseline", "search", "audit", "confirm", "ablate", "load", "batch_size", "capacity"]
+APART = frozenset({"confirm", "ablate"})
+"""Purposes of starts that come after the search, of what it found: they choose no winner."""
 ASIDE = frozenset({"batch_size", "capacity", "load"})
 """Purposes of rows that answer a question of their own: no search counts or recommends them."""
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")

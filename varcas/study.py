@@ -65,7 +65,7 @@ from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.order import NUM_ORDERED
 from varcas.pruner import Pruner, is_pruned
-from varcas.records import LATENCY_METRICS, Purpose, TrialRow
+from varcas.records import APART, LATENCY_METRICS, Purpose, TrialRow
 from varcas.space import Drawn, Flags, Label, Params, ServingConfig, Space, distance
 
 if TYPE_CHECKING:
@@ -614,7 +614,7 @@ class Study:
             retry: the failure was not the configuration's fault; it is proposed again up to `max_retries` times.
         """
         if proposal.purpose == "audit":
-            self._tell_audit(row, retry)
+            self.hear(row, retry=retry)
             return
         key = proposal.config.hash
         self._in_flight.pop(key, None)
@@ -632,8 +632,8 @@ class Study:
         elif proposal.purpose == "baseline" and verdict != "again":
             self._note_baseline(row)
 
-    def _tell_audit(self, row: TrialRow, retry: bool) -> None:
-        """An audit was not the sampler's idea; one that was measured is a configuration like any other."""
+    def hear(self, row: TrialRow, *, retry: bool = False) -> None:
+        """Takes a row that no proposal led to; what it measured is a configuration like any other."""
         key, params = self._place(row)
         verdict = self._ledger.add(row, retry, key)
         if params is not None:
@@ -788,7 +788,7 @@ class Study:
         told = {trial.user_attrs.get("trial_id") for trial in finished}
         unfinished = self._unfinished()
         lost: list[_Queued] = []
-        for row in sorted((row for row in past if row.purpose != "confirm"), key=lambda row: row.number):
+        for row in sorted((row for row in past if row.purpose not in APART), key=lambda row: row.number):
             key, params = self._place(row)
             verdict = self._ledger.add(row, row.failure_kind in RETRIED and row.state != "infeasible", key)
             config = self._config(json.loads(row.config_json))
@@ -1109,7 +1109,7 @@ def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow]) -> BaseStor
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = _View()
     by_number = {row.number: row for row in sorted(rows, key=lambda row: (row.number, row.attempt))}
-    searched = {number: row for number, row in by_number.items() if row.purpose != "confirm"}
+    searched = {number: row for number, row in by_number.items() if row.purpose not in APART}
     confirmed = [row for row in by_number.values() if row.purpose == "confirm"]
     placed = _placed(experiment, searched.values())
     study = _view_study(storage, experiment, experiment.name)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from varcas import ablation
 from varcas.budget import Budget, Purse
 from varcas.capacity import Bisection, objective_columns, require_rate
 from varcas.costs import StartCosts
@@ -24,12 +25,14 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
 from varcas.gpus import gpu as catalogued
 from varcas.gpus import variants
+from varcas.inner import split
 from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, Pool
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
-from varcas.records import Outcome, RequestRecord, Sample, TrialRow
+from varcas.records import APART, Outcome, RequestRecord, Sample, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
+from varcas.sharing import Shared, num_rides, shared
 from varcas.space import ServingConfig, Space
 from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
 from varcas.store import Store
@@ -94,11 +97,12 @@ def sweep(
         with sweeper:
             sweeper.search()
             sweeper.confirm()
+            sweeper.ablate()
             return sweeper.answer()
 
 
 class Sweeper(Starts):
-    """One study's run. `search`, `confirm` and `answer` are called in that order."""
+    """One study's run. `search`, `confirm`, `ablate` and `answer` are called in that order."""
 
     searches = True
 
@@ -120,6 +124,7 @@ class Sweeper(Starts):
         if self._purse.limits_gpus and not pool.slots.on_gpu:
             raise InputError("--budget: GPU hours and their price limit nothing here: the servers run on the CPU.")
         self._held: Job | None = None
+        self._shared: dict[str, Shared] = {}  # by the key of its job
         self.ended: str | None = None
         self.ruled_out: str | None = None
 
@@ -132,6 +137,7 @@ class Sweeper(Starts):
     def _open(self) -> None:
         super()._open()
         experiment = self.experiment
+        self._live = self._live_flags()
         self._adopt()
         site = self._site()
         self.pruner = Pruner(experiment, self.space, site, self._rows)
@@ -144,6 +150,16 @@ class Sweeper(Starts):
         self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
         if order is not None and (count := self.study.num_ordered):
             self._note(f"the first {count} proposals of the search follow the estimates ({order.basis})")
+
+    def _live_flags(self) -> Mapping[str, tuple[int, ...]]:
+        """Flags of the space that a running server takes, with their values."""
+        experiment = self.experiment
+        if not experiment.study.live or self._by_capacity:
+            return {}
+        divided = split(experiment, self.flag_names)
+        for flag, why in divided.why_not.items():
+            self._note(f"each {flag} needs a server of its own: {why}")
+        return divided.live
 
     def _adopt(self) -> None:
         """Copies what other studies measured under the same conditions: it counts at once, and says where it is from."""
@@ -340,7 +356,37 @@ class Sweeper(Starts):
         return True
 
     def _start(self, job: Job) -> None:
-        self._submit(job, self._work(job), replace(self._task(job), stop_rules=self._stop_rules(job)), _described(job))
+        rules = self._stop_rules(job)
+        several = self._sharing(job, rules)
+        if several is None:
+            self._submit(job, self._work(job), replace(self._task(job), stop_rules=rules), _described(job))
+            return
+        task = replace(self._task(job, live=True), config=several.config, resolved=several.checked.resolved)
+        text = f"{_described(job)}, and {len(several.proposals) - 1} more on its server"
+        self._shared[job.key] = several
+        self._submit(job, functools.partial(run_series, plan=several.plan), task, text)
+
+    def _sharing(self, job: Job, rules: StopRules | None) -> Shared | None:
+        """What else of the space is measured on the server of a proposal of the search; None where nothing is."""
+        if job.purpose != "search" or not self._live:
+            return None
+        rides = self.study.alongside(job.proposal, self._live, self._num_rides())
+        together, workload = [job.proposal, *rides], self.experiment.workload
+        several = shared(together, self._live, self.flag_names, self._check, workload, rules) if rides else None
+        taken = set() if several is None else {one.config.hash for one in several.proposals.values()}
+        for ride in rides:
+            if ride.config.hash not in taken:
+                self.study.give_up(ride)
+        return several
+
+    def _num_rides(self) -> int:
+        """As many as a start is worth, and as the budget holds beside what confirmation needs."""
+        plan = self.plan()
+        kept_s = plan.confirm_starts * (plan.start_s + plan.load_s) / plan.width
+        rides = num_rides(plan.start_s, plan.load_s)
+        while rides and self._purse.short_of(plan.start_s + (rides + 2) * plan.load_s + kept_s, 0.0) is not None:
+            rides -= 1
+        return rides
 
     def _work(self, job: Job) -> Callable[[TrialTask, threading.Event], Any]:
         """What the worker does: one load, or those that find a capacity."""
@@ -367,8 +413,38 @@ class Sweeper(Starts):
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
             self._purse.charge((time.monotonic() - submitted_s) * job.proposal.config.num_gpus)
-            row, outcome = self._answered(job, finished, time.monotonic() - submitted_s)
-            self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
+            wall_s = time.monotonic() - submitted_s
+            if (several := self._shared.pop(finished.key, None)) is not None:
+                self._collect_several(job, several, finished, wall_s)
+                continue
+            row, outcome = self._answered(job, finished, wall_s)
+            self._record(row, None if job.purpose in APART else job.proposal, outcome)
+
+    def _collect_several(self, job: Job, several: Shared, finished: Finished, wall_s: float) -> None:
+        """Records what was measured on one server; what was not is open again."""
+        left = dict(several.proposals)
+        if not isinstance(finished.result, Series):
+            row, _ = self._measured_row(job, finished, wall_s)
+            self._record(row, job.proposal)
+            left = {key: one for key, one in left.items() if one is not job.proposal}
+        else:
+            self._record_series(job, several, finished.result, wall_s, left)
+        for proposal in left.values():
+            self.study.give_up(proposal)
+
+    def _record_series(
+        self, job: Job, several: Shared, series: Series, wall_s: float, left: dict[str, Proposal]
+    ) -> None:
+        for row, done in self._series_rows(job, series, wall_s):
+            proposal = left.pop(done.step.config.hash, None)
+            params = proposal.params if proposal else self.space.params_of(done.step.config.flags) or {}
+            told = row.model_copy(update={"params_json": json.dumps(params, sort_keys=True)})
+            self._record(told, proposal, done.outcome)
+            if proposal is None:  # the start failed, with the largest limits
+                self.study.hear(told, retry=told.failure_kind in RETRIED)
+        if series.not_live is not None:
+            self._note(f"this server takes no new limits ({series.not_live}): each value gets a server of its own")
+            self._live = {}
 
     def _answered(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
         """The row of a start; of one whose capacity was looked for, its other loads are stored beside it."""
@@ -417,6 +493,40 @@ class Sweeper(Starts):
             pair = self._finalists()
             if pair is None or not self._confirm_pair(*pair):
                 return
+
+    def ablate(self) -> None:
+        """Puts each flag of a confirmed winner back alone, then starts what is left of them, as the budget goes."""
+        if len(self.experiment.objectives) > 1:
+            return
+        for _ in range(2 + self.experiment.study.max_retries):
+            pair = self._finalists()
+            if pair is None or recommend(self._rows, self.experiment).verdict != "better":
+                return
+            queue = ablation.missing(self._rows, pair[1], pair[0], self.experiment)
+            if not queue or not self._run_ablation(queue, pair[1]):
+                return
+
+    def _run_ablation(self, queue: list[tuple[str, ServingConfig]], winner: TrialRow) -> bool:
+        """False when the budget did not hold all of them."""
+        text = f"trial {winner.number} without {', '.join(dict.fromkeys(arm for arm, _ in queue))}, each alone"
+        if queue[0][0] == ablation.MINIMAL:
+            text = f"trial {winner.number} without all that brings nothing"
+        self._emit(Event("confirm", text=text, total=len(queue)))
+        while queue or self.pool.busy:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            while queue and not self._out_of_time(reserve=False) and self.pool.has_room(queue[0][1].num_gpus):
+                self._start(self._ablation_job(*queue.pop(0)))
+            self._collect()
+            if queue and not self.pool.busy and self._out_of_time(reserve=False):
+                return False
+        return True
+
+    def _ablation_job(self, arm: str, config: ServingConfig) -> Job:
+        whole = ServingConfig(self.experiment.model, self.experiment.revision, config.flags)
+        params = self.space.params_of(whole.flags) or {}
+        proposal = Proposal(None, params, dict(whole.flags), whole, "ablate")
+        return Job(proposal, self._number(), "ablate", self._check(whole), arm, self._attempts(whole))
 
     def _finalists(self) -> tuple[TrialRow, TrialRow] | None:
         found = find(self._rows, self.experiment)
