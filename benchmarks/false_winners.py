@@ -33,9 +33,9 @@ from varcas.experiment import Experiment, Server, parse_experiment
 from varcas.pool import Finished, Slots
 from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
 from varcas.report import Recommendation
+from varcas.starts import check
 from varcas.store import Store
 from varcas.sweeper import Sweeper
-from varcas.starts import check
 from varcas.trial import TrialTask
 
 DRIFT, WAVE, COLD = 0.03, 0.01, 0.05
@@ -179,7 +179,15 @@ def study(seed: int, gain: float, sd: float, trials: int, directory: Path) -> To
     made = _experiment(seed, trials, directory)
     with Store(made.results) as store:
         sweeper = Sweeper(
-            made, check(made), store, HerePool(), Budget(), lambda event: None, threading.Event(), machine.run, EasyNode  # type: ignore[arg-type]
+            made,
+            check(made),
+            store,
+            HerePool(),
+            Budget(),
+            lambda event: None,
+            threading.Event(),
+            machine.run,
+            EasyNode,  # type: ignore[arg-type]
         )
         with sweeper:
             sweeper.search()
@@ -191,9 +199,7 @@ def _experiment(seed: int, trials: int, directory: Path) -> Experiment:
     model = directory / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
-    return parse_experiment(
-        FILE.format(model=model, trials=trials, seed=seed, results=directory / f"results-{seed}")
-    )
+    return parse_experiment(FILE.format(model=model, trials=trials, seed=seed, results=directory / f"results-{seed}"))
 
 
 def upper_bound(hits: int, of: int, level: float = 0.95) -> float:

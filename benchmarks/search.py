@@ -1,6 +1,6 @@
 """Server starts and wall time until a search has found a configuration within 3 % of the best.
 
-    python benchmarks/search.py [--seeds 50] [--arms auto random ...] [--landscapes FILE ...] [--synthetic 4] [--no-inner]
+    python benchmarks/search.py [--seeds 50] [--arms auto random ...] [--landscapes FILE ...] [--synthetic 4]
 
 Landscapes are `benchmarks/landscapes/*.parquet` (measured; `landscapes.py` says how) and simulated T4s of
 `pruning_saves.py` (labelled so). Proposals come from varcas's own `Study`: ask, tell, order, pruner, surrogate.
@@ -36,8 +36,8 @@ from typing import Any
 
 import numpy as np
 from landscapes import Landscape
-from pydantic import JsonValue
 from pruning_saves import Ground, Hidden, World, experiment_of
+from pydantic import JsonValue
 
 from varcas.costs import StartCosts
 from varcas.engine.node import NodeFacts
@@ -300,9 +300,7 @@ def _num_inner(machine: Machine) -> int:
     return min(MOST_INNER, max(1, round(start_s / machine.terrain.load_s)))
 
 
-def _row(
-    machine: Machine, proposal: Proposal, made: Experiment, value: float | None, **columns: Any
-) -> TrialRow:
+def _row(machine: Machine, proposal: Proposal, made: Experiment, value: float | None, **columns: Any) -> TrialRow:
     flags, key = dict(proposal.config.flags), proposal.config.hash
     machine.number += 1
     if value is None and not columns:
@@ -410,7 +408,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--landscapes", nargs="*", type=Path, default=sorted((HERE / "landscapes").glob("*.parquet")))
     parser.add_argument("--synthetic", type=int, default=4, help="simulated T4s")
-    parser.add_argument("--no-inner", action="store_true", help="one configuration a server, whatever was measured live")
+    parser.add_argument(
+        "--no-inner", action="store_true", help="one configuration a server, whatever was measured live"
+    )
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(argv)
     terrains = [of_landscape(Landscape.read(path)) for path in asked.landscapes]

@@ -1,4 +1,4 @@
-"""The smallest answer: each flag of a confirmed winner is put back alone, and what brings nothing measurable is dropped.
+"""The smallest answer: each flag of a confirmed winner is put back alone, and what brings nothing is dropped.
 
 Pure: says what is still to be started, and what the starts mean. The winner's and the ablated configurations' starts
 are all fresh ones; their spread is pooled over all of them, since two starts alone tell no spread.
@@ -70,15 +70,10 @@ def without(winner: TrialRow, baseline: TrialRow) -> dict[str, ServingConfig]:
 def missing(
     rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment
 ) -> list[tuple[str, ServingConfig]]:
-    """Starts still to make, each an arm and its configuration; one of each flag in turn, so that drift hits all alike."""
+    """Starts still to make, each an arm and its configuration; flags in turn, so that drift hits all alike."""
     wanted = without(winner, baseline)
     counts = {flag: len(_starts(rows, flag, config)) for flag, config in wanted.items()}
-    todo = [
-        (flag, wanted[flag])
-        for turn in range(experiment.study.ablate)
-        for flag in wanted
-        if counts[flag] <= turn
-    ]
+    todo = [(flag, wanted[flag]) for turn in range(experiment.study.ablate) for flag in wanted if counts[flag] <= turn]
     if todo or not experiment.study.ablate:
         return todo
     least = _minimal_config(rows, winner, baseline, experiment)
@@ -87,9 +82,7 @@ def missing(
     return [(MINIMAL, least)] * max(0, experiment.study.repeats - len(_starts(rows, MINIMAL, least)))
 
 
-def effects(
-    rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment
-) -> list[FlagEffect]:
+def effects(rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment) -> list[FlagEffect]:
     """What each flag brings, as far as it was put back."""
     won, before = _flags(winner), _flags(baseline)
     wanted = without(winner, baseline)
@@ -105,9 +98,7 @@ def effects(
     ]
 
 
-def minimal(
-    rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment
-) -> TrialRow | None:
+def minimal(rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment) -> TrialRow | None:
     """A start of the minimal configuration, where that replaces the winner; None where the winner stands."""
     least = _minimal_config(rows, winner, baseline, experiment)
     starts = [] if least is None else _starts(rows, MINIMAL, least)

@@ -83,7 +83,9 @@ class Purse:
         hours = [budget.gpu_h] if budget.gpu_h is not None else []
         hours += [budget.usd / usd_per_gpu_h] if budget.usd is not None and usd_per_gpu_h else []
         self._gpu_s = min(hours) * 3600 if hours else None
-        self._by_money = budget.usd is not None and usd_per_gpu_h is not None and min(hours) == budget.usd / usd_per_gpu_h
+        self._by_money = (
+            budget.usd is not None and usd_per_gpu_h is not None and min(hours) == budget.usd / usd_per_gpu_h
+        )
         self._spent_gpu_s = 0.0
 
     @property

@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -83,7 +82,8 @@ def sweep(
         str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="to spend, confirmation included: wall time (30m, 2h), GPU hours (2gpuh), money (5usd)")
+        str | None,
+        typer.Option(help="to spend, confirmation included: wall time (30m, 2h), GPU hours (2gpuh), money (5usd)"),
     ] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")
@@ -108,9 +108,7 @@ def sweep(
 
     limits = None if budget is None else parse_budget(budget)
     warm_start = False if no_warm_start else None
-    loaded = _with(
-        load_experiment(experiment), results=results, trials=trials, repeats=repeats, warm_start=warm_start
-    )
+    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats, warm_start=warm_start)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
         try:
@@ -141,9 +139,7 @@ def batch_size(
     ] = None,
     flag: Annotated[str, typer.Option(help="max_num_seqs or max_num_batched_tokens")] = "max_num_seqs",
     fresh: Annotated[bool, typer.Option("--fresh", help="a server of its own for each value")] = False,
-    confirm: Annotated[
-        bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")
-    ] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the curve: .svg, .png or .html")] = None,
     address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
     results: ResultsOpt = None,

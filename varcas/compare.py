@@ -20,7 +20,15 @@ METRICS = (
     "output_tokens_per_s", "request_rate_rps", "goodput_rps", "capacity_rps", "ttft_mean_ms", "ttft_p95_ms",
     "tpot_mean_ms", "tpot_p95_ms", "e2e_p95_ms", "server_start_s",
 )  # fmt: skip
-CONDITIONS = ("model", "model_revision", "gpu_name", "engine_version", "env_json", "workload_json", "measurement_version")
+CONDITIONS = (
+    "model",
+    "model_revision",
+    "gpu_name",
+    "engine_version",
+    "env_json",
+    "workload_json",
+    "measurement_version",
+)
 MIN_PAIRS = 3
 Verdict = Literal["better", "worse", "inconclusive"]
 
@@ -190,7 +198,7 @@ def _warnings(
         (simulated == {True}, "these numbers are SIMULATED: no server was measured"),
         (
             "measurement_version" in changed,
-            f"the numbers are computed differently (measurement version, now {MEASUREMENT_VERSION}): docs/measurement.md",
+            f"the numbers are computed differently (measurement version, now {MEASUREMENT_VERSION})",
         ),
         ("workload_json" in changed, "the workloads differ: differences are theirs too"),
         ("gpu_name" in changed, "the GPUs differ: differences are theirs too"),

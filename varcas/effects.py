@@ -159,7 +159,9 @@ class _Fit:
             cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
             for params, residual in zip(points, self._residuals, strict=True):
                 cells[tuple(_text(params, name) for name in pair)].append(float(residual))
-            means = [(len(cell), sum(cell) / (len(cell) + RIDGE)) for cell in cells.values() if len(cell) >= LEAST_IN_CELL]
+            means = [
+                (len(cell), sum(cell) / (len(cell) + RIDGE)) for cell in cells.values() if len(cell) >= LEAST_IN_CELL
+            ]
             share = sum(count * mean**2 for count, mean in means) / self._variance
             if share > 0:
                 found.append(Interaction(params=pair, share=share))

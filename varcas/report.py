@@ -89,7 +89,9 @@ class FlagOut(BaseModel):
     flag: str
     value: JsonValue
     before: JsonValue = Field(description="the baseline's; null: left out")
-    gain: float | None = Field(description="of the winner over the configuration without it; null: it does not run then")
+    gain: float | None = Field(
+        description="of the winner over the configuration without it; null: it does not run then"
+    )
     lo: float | None = Field(description="lower end of the 95 % interval")
     hi: float | None
     starts: int

@@ -1,4 +1,4 @@
-"""Proposals that differ in live limits alone, measured in turn on one server: the plan of such a start, and its rows."""
+"""Proposals that differ in live limits alone, measured in turn on one server: the plan of such a start."""
 
 from __future__ import annotations
 

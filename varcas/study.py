@@ -32,7 +32,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -58,7 +57,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import JsonValue
 
-from varcas.advisor import LARGEST_MISS, Advisor, Tried, constraints_of, objectives_of
+from varcas.advisor import Advisor, Tried, constraints_of, objectives_of
 from varcas.costs import StartCosts
 from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
@@ -603,7 +602,9 @@ class Study:
         self._in_flight.pop(proposal.config.hash, None)
         self._riding.discard(proposal.config.hash)
         if proposal.number is not None:
-            self._finish(self._trials.pop(proposal.number), _Told(TrialState.FAIL, None, {}, {"outcome": "not measured"}))
+            self._finish(
+                self._trials.pop(proposal.number), _Told(TrialState.FAIL, None, {}, {"outcome": "not measured"})
+            )
 
     def tell(self, proposal: Proposal, row: TrialRow, *, retry: bool = False) -> None:
         """Takes the row that a proposal led to, which the store already holds.

@@ -34,8 +34,11 @@ NUM_DRAWS = 40
 """Of the hyperparameters from their priors, and as many again about the best."""
 NUM_KEPT = 8
 """Of these, those of most evidence, which predict together."""
-LENGTH = (0.8, 0.9)
-"""Prior median of a parameter's length, as a share of its range, and its log-deviation."""
+NUMBER_LENGTH, LABEL_LENGTH = (0.7, 0.7), (2.6, 0.8)
+"""Prior median of a length, as a share of its parameter's range, and its log-deviation: that of most switches is long,
+since most of them do little."""
+COMPRESSED = 0.5
+"""How far behind the best, as a logarithm, differences begin to count less: where it is slow, how slow is no matter."""
 NOISE = (0.025, 0.5)
 """The same of the noise: starts of one configuration differ by 1-4 % (docs/measurement.md)."""
 LEAST_AMPLITUDE = 0.05
@@ -95,6 +98,8 @@ class Encoding:
         names = sorted({name for params in points for name in params})
         self._scales = {name: _scale([params.get(name) for params in points]) for name in names}
         self.num_params = len(names)
+        priors = [NUMBER_LENGTH if isinstance(scale, _Numbers) else LABEL_LENGTH for scale in self._scales.values()]
+        self.lengths = np.array(priors).reshape(len(names), 2)
 
     def matrix(self, points: Sequence[Params]) -> tuple[Floats, Floats]:
         """Points of shape (k, c), and the parameter of each of the c columns as a row of ones in (d, c)."""
@@ -167,17 +172,20 @@ class Process:
     Args:
         points: (n, c), as `Encoding.matrix` gives them.
         belongs: (d, c).
+        lengths: (d, 2): prior median of each parameter's length, and its log-deviation.
         values: (n,).
         rng: of the hyperparameters' draws.
     """
 
-    def __init__(self, points: Floats, belongs: Floats, values: Floats, rng: np.random.Generator) -> None:
+    def __init__(
+        self, points: Floats, belongs: Floats, lengths: Floats, values: Floats, rng: np.random.Generator
+    ) -> None:
         self._points, self._belongs = points, belongs
         self._mean = float(values.mean())
         self._values = values - self._mean
         self._squares = _squares(points, points, belongs)
         spread = max(float(values.std()), LEAST_AMPLITUDE)
-        draws = [_draw(len(belongs), spread, rng) for _ in range(NUM_DRAWS)]
+        draws = [_draw(lengths, spread, rng) for _ in range(NUM_DRAWS)]
         scored = [(self._evidence(draw), draw) for draw in draws]
         best = max(scored, key=lambda pair: pair[0])[1]
         near = [_near(best, rng) for _ in range(NUM_DRAWS)]
@@ -231,8 +239,8 @@ class Process:
         return float(-0.5 * half @ half - np.log(np.diag(factor)).sum())
 
 
-def _draw(num_params: int, spread: float, rng: np.random.Generator) -> _Draw:
-    lengths = LENGTH[0] * np.exp(LENGTH[1] * rng.standard_normal(num_params))
+def _draw(priors: Floats, spread: float, rng: np.random.Generator) -> _Draw:
+    lengths = priors[:, 0] * np.exp(priors[:, 1] * rng.standard_normal(len(priors)))
     amplitude = 1.5 * spread * math.exp(0.5 * rng.standard_normal())
     return _Draw(lengths**-2.0, amplitude, NOISE[0] * math.exp(NOISE[1] * rng.standard_normal()))
 
@@ -329,11 +337,11 @@ def advise(
     space, busy = encoding.matrix(candidates)[0], encoding.matrix(running)[0]
     feasible = [one.feasible for one in ran]
     goals = _goals(ran, any(feasible), rng)
-    process = Process(points, belongs, goals, rng).believing(busy)
+    process = Process(points, belongs, encoding.lengths, goals, rng).believing(busy)
     best = _best_predicted(process, points, feasible)
     mean, deviation = process.predict(space)
     expected = expected_improvement(mean, deviation, best)
-    score = expected * _chance_to_meet(ran, points, belongs, space, rng) if any(feasible) else expected
+    score = expected * _chance_to_meet(ran, points, belongs, encoding.lengths, space, rng) if any(feasible) else expected
     suspects = Suspects([(one.params, one.values is not None) for one in tried])
     runs = np.array([suspects.chance(params) for params in candidates])
     score = score * runs if runs.any() else score
@@ -349,12 +357,18 @@ def _goals(ran: Sequence[Observed], any_feasible: bool, rng: np.random.Generator
         return np.array([-sum(max(value, 0.0) for value in one.excess) for one in ran])
     values = np.array([one.values for one in ran], dtype=np.float64)
     if values.shape[1] == 1:
-        return np.asarray(values[:, 0])
+        return _compressed(values[:, 0])
     low, high = values.min(axis=0), values.max(axis=0)
     scaled = (values - low) / np.maximum(high - low, 1e-9)
     weights = rng.dirichlet(np.ones(values.shape[1]))
     weighed = weights * (scaled - 1)
     return np.asarray(weighed.min(axis=1) + AUGMENTED * weighed.sum(axis=1))
+
+
+def _compressed(values: Floats) -> Floats:
+    """The same near the best, and ever less apart behind it."""
+    behind = values.max() - values
+    return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED))
 
 
 def _best_predicted(process: Process, points: Floats, feasible: Sequence[bool]) -> float:
@@ -377,7 +391,12 @@ def _below(z: Floats) -> Floats:
 
 
 def _chance_to_meet(
-    ran: Sequence[Observed], points: Floats, belongs: Floats, space: Floats, rng: np.random.Generator
+    ran: Sequence[Observed],
+    points: Floats,
+    belongs: Floats,
+    lengths: Floats,
+    space: Floats,
+    rng: np.random.Generator,
 ) -> Floats:
     """Of every limit, at each candidate."""
     chance = np.ones(len(space))
@@ -386,6 +405,6 @@ def _chance_to_meet(
         missed = np.array([excess[number] for excess in known])
         if (missed <= 0).all():
             continue
-        mean, deviation = Process(points, belongs, missed, rng).predict(space)
+        mean, deviation = Process(points, belongs, lengths, missed, rng).predict(space)
         chance = chance * _below(-mean / deviation)
     return chance

@@ -162,7 +162,7 @@ class Sweeper(Starts):
         return divided.live
 
     def _adopt(self) -> None:
-        """Copies what other studies measured under the same conditions: it counts at once, and says where it is from."""
+        """Copies what other studies measured under the same conditions: it counts, and says where it is from."""
         if not self.experiment.study.warm_start:
             return
         known = [row.config_hash for row in self._rows]
@@ -655,6 +655,7 @@ class Sweeper(Starts):
         if short is not None and not self.pool.busy:
             self.ended = self.ended or f"{short} budget spent"
         return short is not None
+
 
 def _usd_per_gpu_h(kind: str) -> float | None:
     """List price of a GPU of the catalogue; None where it has none."""
