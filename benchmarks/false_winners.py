@@ -42,7 +42,7 @@ DRIFT, WAVE, COLD = 0.03, 0.01, 0.05
 MOST_STARTS = 16
 TRUE_RATE = 1000.0
 FILE = """\
-name: null
+name: nothing-to-find
 model: {model}
 hardware: {{gpu: cpu}}
 space:
@@ -50,7 +50,7 @@ space:
   b: {{choices: [x, y, z]}}
   c: {{choices: [true, false]}}
 workload: {{profile: chat-short, rate_rps: 4, duration_s: 10, warmup_s: 0, max_drain_s: 0}}
-study: {{trials: {trials}, repeats: 3, seed: {seed}, audit_frac: 0}}
+study: {{trials: {trials}, repeats: 3, ablate: 0, seed: {seed}}}
 results: {results}
 """
 

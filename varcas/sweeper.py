@@ -26,6 +26,7 @@ from varcas.experiment import Experiment
 from varcas.gpus import gpu as catalogued
 from varcas.gpus import variants
 from varcas.inner import split
+from varcas.metrics import MIN_STARTS
 from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, Pool
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
@@ -44,6 +45,9 @@ MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
 GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 """Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
+PROMISING = 1.03
+"""A gain of 3 % that the usual starts leave open gets one more pair; benchmarks/false_winners.py has what that costs in
+false winners and brings in true ones."""
 MAX_LISTED = 10_000
 """Larger spaces are not listed to see how much of them is left, unless the rules listed them already."""
 NOT_ASKED = Checked(ok=True)
@@ -238,6 +242,7 @@ class Sweeper(Starts):
             return
         self._emit(Event("plan", plan=self._opening_plan()))
         self._note_baseline()
+        self._note_ruled_out()
         while not self._stopping.is_set():
             while not self._stopping.is_set() and (job := self._next_job()):
                 self._start(job)
@@ -268,6 +273,18 @@ class Sweeper(Starts):
                 f"rule {refusal.rule} says that the baseline cannot work: {refusal.message} [{refusal.source}]. "
                 "It is started all the same; if it works, that rule is wrong, and off for this study"
             )
+
+    def _note_ruled_out(self) -> None:
+        """A row for each rule that rules something out, with one configuration: samplers that know them pass them by."""
+        survey, known = self.pruner.survey(), {row.reason_rule for row in self._rows}
+        for rule, params in survey.examples.items() if survey is not None else ():
+            config = self.space.config(self.space.flags_of(params))
+            refusal = self.pruner.verdict(config)
+            if rule not in known and refusal is not None:
+                proposal = Proposal(None, params, self.space.over_serve(config), config, "search")
+                row = self._row(self._job(proposal, NOT_ASKED), state="infeasible", **reason_columns(refusal))
+                self._record(row, None)
+                self.study.hear(row)
 
     def _check_hope(self, rows: Sequence[TrialRow]) -> None:
         row = next((row for row in rows if _is_hopeless(row)), None)
@@ -538,7 +555,7 @@ class Sweeper(Starts):
 
     def _confirm_pair(self, baseline: TrialRow, winner: TrialRow) -> bool:
         """Runs the missing starts of both arms; True when the winner failed and another must be confirmed."""
-        queue = self._missing(baseline, winner)
+        queue = self._missing(baseline, winner) or self._extension(baseline, winner)
         if queue:
             text = f"confirming trial {winner.number} against the baseline, {self.experiment.study.repeats} starts each"
             self._emit(Event("confirm", text=text, total=len(queue)))
@@ -553,12 +570,24 @@ class Sweeper(Starts):
             best = find(self._rows, self.experiment).winner
             if best is None or best.config_hash != winner.config_hash:
                 return best is not None
-            queue = queue or self._retries(baseline, winner)
+            queue = queue or self._retries(baseline, winner) or self._extension(baseline, winner)
         return False
 
-    def _missing(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+    def _extension(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+        """One more start of each arm where the usual ones leave open a gain that is worth knowing."""
+        study = self.experiment.study
+        if self.pool.busy or study.repeats < MIN_STARTS or self._missing(baseline, winner):
+            return []
+        answer = recommend(self._rows, self.experiment)
+        gain = answer.gain.ratio if answer.gain is not None else 1.0
+        gain = gain if self.experiment.objectives[0].direction == "maximize" else 1 / gain
+        if answer.verdict != "inconclusive" or gain < PROMISING:
+            return []
+        return self._missing(baseline, winner, study.repeats + 1)
+
+    def _missing(self, baseline: TrialRow, winner: TrialRow, repeats: int | None = None) -> list[tuple[str, TrialRow]]:
         """Starts still to make, in the order B W W B B W ..., so that drift hits both arms alike."""
-        repeats = self.experiment.study.repeats
+        repeats = repeats or self.experiment.study.repeats
         have = {
             arm: sum(row.valid is not False for row in confirmations(self._rows, arm, row.config_hash))
             for arm, row in (("baseline", baseline), ("candidate", winner))
