@@ -8,8 +8,8 @@
 after all had their first (so that drift is in the difference), through `varcas.trial.run_trial`; it goes on where it
 was cut. `pack` takes what a store holds of a study instead (a sweep with `sampler: grid`, `varcas batch-size`).
 
-A row a measurement: `params_json` (of the space), `config_json`, `server` (which start: its rows were measured one after
-the other), `place` (0: its first load), `live` (limits were changed while it ran), `state`, `failure_kind`,
+A row a measurement: `params_json` (of the space), `config_json`, `server` (which start: its rows were measured one by
+one), `place` (0: its first load), `live` (limits were changed while it ran), `state`, `failure_kind`,
 `start_s` (0 but for a server's first row), `load_s` (warm-up, window and drain), `started_at`, and the metrics in
 `METRICS`. The file's metadata hold the experiment as JSON (`experiment`), `engine_version`, `gpu`, and `source`:
 `measured` or `simulated`.

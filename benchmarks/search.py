@@ -251,7 +251,8 @@ def search(terrain: Terrain, arm: str, seed: int, directory: Path, inner: bool, 
     order = first_proposals(made, machine.space, site, pruner) if site is not None and pruner is not None else None
     first = order.first if order is not None and arm == "auto" else ()
     path = directory / f"{arm}-{seed}.log"
-    desk = open_study(made, machine.space, f"journal:{path}", past=(), pruner=pruner, first=first)
+    expected = order.expected if order is not None and arm == "auto" else {}
+    desk = open_study(made, machine.space, f"journal:{path}", past=(), pruner=pruner, first=first, expected=expected)
     rows: list[TrialRow] = []
     while machine.found is None and (proposal := desk.propose()):
         rows += _tried(machine, desk, proposal, pruner, inner, made)

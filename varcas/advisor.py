@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pydantic import JsonValue
 from varcas.costs import StartCosts
 from varcas.experiment import Experiment
 from varcas.records import LATENCY_METRICS, MAX_EXCESS, TrialRow
-from varcas.space import Params, Space
+from varcas.space import Params, ServingConfig, Space
 from varcas.surrogate import Advice, Observed, Suspects, advise
 
 LARGEST_MISS = 500.0
@@ -54,10 +55,13 @@ class Advisor:
     Args:
         experiment: its objectives, limits and seed.
         space: of the proposals.
+        expected: logarithm of the first objective's estimate, by content hash (`order.Order.expected`).
     """
 
-    def __init__(self, experiment: Experiment, space: Space) -> None:
+    def __init__(self, experiment: Experiment, space: Space, expected: Mapping[str, float] | None = None) -> None:
         self._experiment, self._space = experiment, space
+        self._expected = expected or {}
+        self._configs: dict[str, ServingConfig] = {}
         self._small = self._asked = 0
         self._last: Advice | None = None
 
@@ -81,9 +85,9 @@ class Advisor:
             suspects = Suspects([(one.params, one.ran) for one in tried])
             return max(candidates, key=lambda params: suspects.chance(params), default=None)
         learnt = observed(_those_that_matter(tried, self._experiment), self._experiment)
-        cost_s = None if costs is None else [costs.fresh_s(self._flags(params)) for params in candidates]
+        cost_s = None if costs is None else [costs.fresh_s(self._config(params).flags) for params in candidates]
         seed = (self._experiment.study.seed * 1_000_003 + len(tried) * 101 + self._asked) % 2**32
-        advice = advise(learnt, candidates, running=running, cost_s=cost_s, seed=seed)
+        advice = advise(learnt, candidates, running=running, cost_s=cost_s, estimate=self._estimate, seed=seed)
         if advice is None:
             return None
         self._note(advice, len(tried))
@@ -106,8 +110,17 @@ class Advisor:
         self._small = self._small + 1 if small else 0
         self._last = advice
 
-    def _flags(self, params: Params) -> Mapping[str, JsonValue]:
-        return self._space.config(self._space.flags_of(params)).flags
+    def _estimate(self, params: Params | Mapping[str, JsonValue]) -> float | None:
+        """Larger is better."""
+        told = self._expected.get(self._config(params).hash) if self._expected else None
+        up = self._experiment.objectives[0].direction == "maximize"
+        return None if told is None else told if up else -told
+
+    def _config(self, params: Params | Mapping[str, JsonValue]) -> ServingConfig:
+        key = json.dumps(params, sort_keys=True)
+        if key not in self._configs:
+            self._configs[key] = self._space.config(self._space.flags_of(dict(params)))
+        return self._configs[key]
 
 
 def objectives_of(row: TrialRow, experiment: Experiment) -> list[float] | None:

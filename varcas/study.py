@@ -527,6 +527,7 @@ class Study:
         past: Sequence[TrialRow],
         pruner: Pruner | None = None,
         first: Sequence[ServingConfig] = (),
+        expected: Mapping[str, float] | None = None,
     ) -> None:
         self.experiment, self.space = experiment, space
         self.num_ordered = 0
@@ -538,7 +539,7 @@ class Study:
         self._in_flight: dict[str, Proposal] = {}
         self._riding: set[str] = set()  # of those, what is measured on the server of another
         self._params: dict[str, Params] = {}  # of what is answered, by key
-        self._advisor = Advisor(experiment, space) if _is_advised(experiment, space) else None
+        self._advisor = Advisor(experiment, space, expected) if _is_advised(experiment, space) else None
         self._rng = random.Random(experiment.study.seed)
         self.costs: StartCosts | None = None
         self._trials: dict[int, optuna.trial.Trial] = {}
@@ -900,6 +901,7 @@ def open_study(
     past: Sequence[TrialRow],
     pruner: Pruner | None = None,
     first: Sequence[ServingConfig] = (),
+    expected: Mapping[str, float] | None = None,
 ) -> Study:
     """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
 
@@ -910,6 +912,7 @@ def open_study(
         past: this study's rows in the store.
         pruner: what rules configurations out; None when nothing does. Rows that no longer stand are left out.
         first: what the estimates put first (`order.first_proposals`); the start-up proposals come from it in part.
+        expected: of the estimates, by content hash (`order.Order.expected`): what a surrogate starts from.
 
     Raises:
         InputError: an unknown sampler, or a storage that cannot be used.
@@ -921,7 +924,7 @@ def open_study(
         storage = _storage(storage_url)
         try:
             study = _agreeing(storage, experiment, sampler, {row.trial_id for row in past})
-            return Study(experiment, space, storage, study, past, pruner, first)
+            return Study(experiment, space, storage, study, past, pruner, first, expected)
         except BaseException:
             _close(storage)
             raise

@@ -16,11 +16,12 @@ act on throughput and latency as factors, and starts of one configuration differ
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,11 @@ COMPRESSED = 0.5
 """How far behind the best, as a logarithm, differences begin to count less: where it is slow, how slow is no matter."""
 NOISE = (0.025, 0.5)
 """The same of the noise: starts of one configuration differ by 1-4 % (docs/measurement.md)."""
-LEAST_AMPLITUDE = 0.05
+LEAST_AMPLITUDE = 0.25
+JOINT, MAIN = 0.8, 0.6
+"""Prior medians of the deviations of what parameters do together, and of what each does alone, in spreads."""
+LEVEL, SLOPE = 0.5, 0.4
+"""Deviations of how far an estimate is off by a factor, and of its slope about 1."""
 LOG_FROM_RATIO = 4.0
 EXPLAINED_BY = 2
 """Failures that share a suspect; from here on what holds it is not proposed while anything else is left."""
@@ -162,12 +167,16 @@ class _Draw:
     """Hyperparameters; weights are 1 / length**2 of each parameter."""
 
     weights: Floats
-    amplitude: float
+    joint: float
+    main: float
     noise: float
 
 
 class Process:
     """A Gaussian process on points and their values.
+
+    A value is its estimate, a level and a slope on that estimate, what each parameter does alone, and what they do
+    together: an untried value of a parameter keeps an uncertainty of its own, however many others were measured.
 
     Args:
         points: (n, c), as `Encoding.matrix` gives them.
@@ -175,16 +184,25 @@ class Process:
         lengths: (d, 2): prior median of each parameter's length, and its log-deviation.
         values: (n,).
         rng: of the hyperparameters' draws.
+        estimates: (n,) of the values; None: there are none.
     """
 
     def __init__(
-        self, points: Floats, belongs: Floats, lengths: Floats, values: Floats, rng: np.random.Generator
+        self,
+        points: Floats,
+        belongs: Floats,
+        lengths: Floats,
+        values: Floats,
+        rng: np.random.Generator,
+        estimates: Floats | None = None,
     ) -> None:
-        self._points, self._belongs = points, belongs
-        self._mean = float(values.mean())
-        self._values = values - self._mean
+        told = np.zeros(len(values)) if estimates is None else estimates
+        self._points, self._belongs, self._told = points, belongs, told
+        self._centre = float(told.mean())
+        self._mean = float((values - told).mean())
+        self._values = values - told - self._mean
         self._squares = _squares(points, points, belongs)
-        spread = max(float(values.std()), LEAST_AMPLITUDE)
+        spread = max(float(self._values.std()), LEAST_AMPLITUDE)
         draws = [_draw(lengths, spread, rng) for _ in range(NUM_DRAWS)]
         scored = [(self._evidence(draw), draw) for draw in draws]
         best = max(scored, key=lambda pair: pair[0])[1]
@@ -202,36 +220,41 @@ class Process:
         """Standard deviation between two measurements of one point."""
         return float(sum(w * d.noise for w, d in zip(self._weights, self._draws, strict=True)))
 
-    def believing(self, points: Floats) -> Process:
+    def believing(self, points: Floats, estimates: Floats | None = None) -> Process:
         """The same, as if these points had been measured to be what is predicted of them: they run just now."""
         if not len(points):
             return self
-        mean, _ = self.predict(points)
-        found: Process = object.__new__(Process)
-        found._points, found._belongs = np.vstack([self._points, points]), self._belongs
-        found._mean = self._mean
-        found._values = np.concatenate([self._values, mean - self._mean])
+        told = np.zeros(len(points)) if estimates is None else estimates
+        mean, _ = self.predict(points, estimates)
+        found = copy.copy(self)
+        found._points, found._told = np.vstack([self._points, points]), np.concatenate([self._told, told])
+        found._values = np.concatenate([self._values, mean - told - self._mean])
         found._squares = _squares(found._points, found._points, self._belongs)
-        found._weights, found._draws = self._weights, self._draws
         found._factors = [np.linalg.cholesky(found._covariance(draw)) for draw in self._draws]
         return found
 
-    def predict(self, points: Floats) -> tuple[Floats, Floats]:
+    def predict(self, points: Floats, estimates: Floats | None = None) -> tuple[Floats, Floats]:
         """Mean and standard deviation of the noiseless value at each of (m, c) points."""
-        squares = _squares(points, self._points, self._belongs)
+        told = np.zeros(len(points)) if estimates is None else estimates
+        squares, linear = _squares(points, self._points, self._belongs), self._linear(told, self._told)
         means, variances = [], []
         for draw, factor in zip(self._draws, self._factors, strict=True):
-            cross = _matern(draw, squares)
-            half = np.linalg.solve(factor, cross.T)
+            half = np.linalg.solve(factor, (_kernel(draw, squares) + linear).T)
             means.append(half.T @ np.linalg.solve(factor, self._values))
-            variances.append(np.maximum(draw.amplitude**2 - (half**2).sum(axis=0), 1e-12))
+            whole = draw.joint**2 + len(draw.weights) * draw.main**2 + LEVEL**2 + (SLOPE * (told - self._centre)) ** 2
+            variances.append(np.maximum(whole - (half**2).sum(axis=0), 1e-12))
         mean = self._weights @ np.array(means)
         spread = self._weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
-        return self._mean + mean, np.sqrt(spread)
+        return told + self._mean + mean, np.sqrt(spread)
+
+    def _linear(self, a: Floats, b: Floats) -> Floats:
+        """Covariance by level and slope of the estimates."""
+        found: Floats = LEVEL**2 + SLOPE**2 * np.outer(a - self._centre, b - self._centre)
+        return found
 
     def _covariance(self, draw: _Draw) -> Floats:
-        found: Floats = _matern(draw, self._squares) + np.eye(len(self._values)) * (draw.noise**2 + 1e-10)
-        return found
+        found: Floats = _kernel(draw, self._squares) + self._linear(self._told, self._told)
+        return found + np.eye(len(self._values)) * (draw.noise**2 + 1e-10)
 
     def _evidence(self, draw: _Draw) -> float:
         factor = np.linalg.cholesky(self._covariance(draw))
@@ -241,14 +264,16 @@ class Process:
 
 def _draw(priors: Floats, spread: float, rng: np.random.Generator) -> _Draw:
     lengths = priors[:, 0] * np.exp(priors[:, 1] * rng.standard_normal(len(priors)))
-    amplitude = 1.5 * spread * math.exp(0.5 * rng.standard_normal())
-    return _Draw(lengths**-2.0, amplitude, NOISE[0] * math.exp(NOISE[1] * rng.standard_normal()))
+    joint, main = (share * spread * math.exp(0.6 * rng.standard_normal()) for share in (JOINT, MAIN))
+    return _Draw(lengths**-2.0, joint, main, NOISE[0] * math.exp(NOISE[1] * rng.standard_normal()))
 
 
 def _near(draw: _Draw, rng: np.random.Generator) -> _Draw:
     weights = draw.weights * np.exp(0.8 * rng.standard_normal(len(draw.weights)))
-    amplitude = draw.amplitude * math.exp(0.25 * rng.standard_normal())
-    return _Draw(weights, amplitude, draw.noise * math.exp(0.25 * rng.standard_normal()))
+    joint, main, noise = (
+        value * math.exp(0.3 * rng.standard_normal()) for value in (draw.joint, draw.main, draw.noise)
+    )
+    return _Draw(weights, joint, main, noise)
 
 
 def _squares(a: Floats, b: Floats, belongs: Floats) -> Floats:
@@ -260,10 +285,16 @@ def _squares(a: Floats, b: Floats, belongs: Floats) -> Floats:
     return found
 
 
-def _matern(draw: _Draw, squares: Floats) -> Floats:
-    distance = np.sqrt(5.0 * np.tensordot(draw.weights, squares, axes=1))
-    found: Floats = draw.amplitude**2 * (1 + distance + distance**2 / 3) * np.exp(-distance)
-    return found
+def _kernel(draw: _Draw, squares: Floats) -> Floats:
+    """Covariance of what parameters do together, and of what each does alone."""
+    weighed = draw.weights[:, None, None] * squares
+    alone: Floats = _matern(weighed).sum(axis=0)
+    return draw.joint**2 * _matern(weighed.sum(axis=0)) + draw.main**2 * alone
+
+
+def _matern(squares: Floats) -> Floats:
+    distance = np.sqrt(5.0 * squares)
+    return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
 
 
 # ---- what fails
@@ -314,6 +345,7 @@ def advise(
     *,
     running: Sequence[Params] = (),
     cost_s: Sequence[float] | None = None,
+    estimate: Callable[[Params], float | None] = lambda params: None,
     seed: int = 0,
 ) -> Advice | None:
     """The candidate to try next.
@@ -323,6 +355,7 @@ def advise(
         candidates: what may be tried.
         running: what is being tried just now.
         cost_s: of each candidate; None: all the same.
+        estimate: of the first objective's logarithm, larger is better, before anything was measured; None: none.
         seed: of the draws; another one for each proposal.
 
     Returns:
@@ -337,9 +370,11 @@ def advise(
     space, busy = encoding.matrix(candidates)[0], encoding.matrix(running)[0]
     feasible = [one.feasible for one in ran]
     goals = _goals(ran, any(feasible), rng)
-    process = Process(points, belongs, encoding.lengths, goals, rng).believing(busy)
-    best = _best_predicted(process, points, feasible)
-    mean, deviation = process.predict(space)
+    groups = ([one.params for one in ran], list(candidates), list(running))
+    told = _estimates(groups, estimate) if any(feasible) and len(ran[0].values or ()) == 1 else (None, None, None)
+    process = Process(points, belongs, encoding.lengths, goals, rng, told[0]).believing(busy, told[2])
+    best = _best_predicted(process, points, told[0], feasible)
+    mean, deviation = process.predict(space, told[1])
     expected = expected_improvement(mean, deviation, best)
     score = expected * _chance_to_meet(ran, points, belongs, encoding.lengths, space, rng) if any(feasible) else expected
     suspects = Suspects([(one.params, one.values is not None) for one in tried])
@@ -357,7 +392,7 @@ def _goals(ran: Sequence[Observed], any_feasible: bool, rng: np.random.Generator
         return np.array([-sum(max(value, 0.0) for value in one.excess) for one in ran])
     values = np.array([one.values for one in ran], dtype=np.float64)
     if values.shape[1] == 1:
-        return _compressed(values[:, 0])
+        return _compressed(values[:, 0], float(values.max()))
     low, high = values.min(axis=0), values.max(axis=0)
     scaled = (values - low) / np.maximum(high - low, 1e-9)
     weights = rng.dirichlet(np.ones(values.shape[1]))
@@ -365,14 +400,27 @@ def _goals(ran: Sequence[Observed], any_feasible: bool, rng: np.random.Generator
     return np.asarray(weighed.min(axis=1) + AUGMENTED * weighed.sum(axis=1))
 
 
-def _compressed(values: Floats) -> Floats:
-    """The same near the best, and ever less apart behind it."""
-    behind = values.max() - values
+def _compressed(values: Floats, best: float) -> Floats:
+    """Behind the best, near it as it is and ever less apart farther away."""
+    behind = best - values
     return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED))
 
 
-def _best_predicted(process: Process, points: Floats, feasible: Sequence[bool]) -> float:
-    mean, _ = process.predict(points)
+def _estimates(
+    groups: Sequence[Sequence[Params]], estimate: Callable[[Params], float | None]
+) -> tuple[Floats | None, ...]:
+    """Of each group, compressed as values are; what has none is held for a middling one. None without any."""
+    found = [[estimate(params) for params in group] for group in groups]
+    known = [value for group in found for value in group if value is not None]
+    if not known:
+        return (None, None, None)
+    best, usual = max(known), float(np.median(known))
+    whole = [np.array([usual if value is None else value for value in group]) for group in found]
+    return tuple(_compressed(values, best) for values in whole)
+
+
+def _best_predicted(process: Process, points: Floats, told: Floats | None, feasible: Sequence[bool]) -> float:
+    mean, _ = process.predict(points, told)
     allowed = np.array(feasible) if any(feasible) else np.ones(len(points), dtype=np.bool_)
     return float(mean[allowed].max())
 

@@ -151,7 +151,10 @@ class Sweeper(Starts):
         past = [row for row in self._rows if not _is_hopeless(row)]
         order = self._ordered(site)
         first = order.first if order is not None else ()
-        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
+        expected = order.expected if order is not None else {}
+        self.study: Study = open_study(
+            experiment, self.space, storage, past=past, pruner=self.pruner, first=first, expected=expected
+        )
         if order is not None and (count := self.study.num_ordered):
             self._note(f"the first {count} proposals of the search follow the estimates ({order.basis})")
 
@@ -194,9 +197,7 @@ class Sweeper(Starts):
         return self.store.requests(trial_id), self.store.samples(trial_id)
 
     def _ordered(self, site: Site) -> Order | None:
-        """What other conditions and the estimates put first; None once the search is under way."""
-        if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
-            return None
+        """What other conditions and the estimates put first, and what these expect."""
         order = first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
         elsewhere = best_elsewhere(self.store.rows(), self.experiment, self.space) if self._may_seed() else []
         if not elsewhere:
@@ -204,7 +205,7 @@ class Sweeper(Starts):
         more = order.first if order is not None else ()
         first = {config.hash: config for config in (*elsewhere, *more) if self.pruner.verdict(config) is None}
         basis = "what was best under other conditions" + (f"; {order.basis}" if order is not None else "")
-        return Order(tuple(first.values())[:NUM_ORDERED], basis)
+        return Order(tuple(first.values())[:NUM_ORDERED], basis, order.expected if order is not None else {})
 
     def _may_seed(self) -> bool:
         study = self.experiment.study
@@ -275,7 +276,7 @@ class Sweeper(Starts):
             )
 
     def _note_ruled_out(self) -> None:
-        """A row for each rule that rules something out, with one configuration: samplers that know them pass them by."""
+        """A row for each rule that rules something out, with one configuration: what knows them passes them by."""
         survey, known = self.pruner.survey(), {row.reason_rule for row in self._rows}
         for rule, params in survey.examples.items() if survey is not None else ():
             config = self.space.config(self.space.flags_of(params))
