@@ -4,9 +4,10 @@
     python benchmarks/landscapes.py pack results/ STUDY EXPERIMENT.yaml OUT.parquet
     python benchmarks/landscapes.py show benchmarks/landscapes/cpu_tiny_llama.parquet
 
-`record` starts a real server for each point of the experiment's space, in an order shuffled by its seed, a second time
-after all had their first (so that drift is in the difference), through `varcas.trial.run_trial`; it goes on where it
-was cut. `pack` takes what a store holds of a study instead (a sweep with `sampler: grid`, `varcas batch-size`).
+`record` starts a real server for each point of the space, shuffled by its seed, and all a second time after
+that, so that drift is in the difference; it goes on where it was cut. With `--live` it starts one for each value of what no running
+server takes, and measures the others on it in turn, after a load that is thrown away; where such a start fails, all its
+points do. `pack` takes what a store holds of a study instead (a sweep with `sampler: grid`, `varcas batch-size`).
 
 A row a measurement: `params_json` (of the space), `config_json`, `server` (which start: its rows were measured one by
 one), `place` (0: its first load), `live` (limits were changed while it ran), `state`, `failure_kind`,
@@ -22,10 +23,12 @@ import contextlib
 import fcntl
 import itertools
 import json
+import math
 import random
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +39,19 @@ import pyarrow.parquet as pq
 
 from varcas.engine.node import Node
 from varcas.experiment import Experiment, load_experiment
-from varcas.records import TrialRow
+from varcas.inner import Limits, live_start, split
+from varcas.records import Outcome, TrialRow
 from varcas.results import Results
-from varcas.space import Flags, Params, Space
+from varcas.space import Flags, Params, ServingConfig, Space
 from varcas.starts import outcome_columns
-from varcas.trial import TrialTask, run_trial
+from varcas.trial import Listed, Step, TrialTask, cold_step, run_series, run_trial
 
 METRICS = (
     "output_tokens_per_s", "request_rate_rps", "goodput_rps", "ttft_mean_ms", "ttft_p95_ms", "tpot_mean_ms",
     "tpot_p95_ms", "itl_p95_ms", "e2e_p95_ms",
 )  # fmt: skip
+FIRST_S = 160.0
+"""Of a server with its loads, before one was timed: none is begun that the budget may not hold."""
 SCHEMA = pa.schema(
     [
         ("params_json", pa.string()),
@@ -110,7 +116,12 @@ class Landscape:
 # record
 
 
-def record(experiment: Experiment, repeats: int, out: Path, locks: Sequence[Path], at_most: int | None) -> None:
+Point = tuple[Params, Flags]
+
+
+def record(
+    experiment: Experiment, repeats: int, out: Path, locks: Sequence[Path], *, live: bool, budget_s: float = math.inf
+) -> None:
     """Measures every point, `repeats` times over; appends a JSON line a start to `out`."""
     space = Space(experiment)
     points = list(space.points())
@@ -118,47 +129,107 @@ def record(experiment: Experiment, repeats: int, out: Path, locks: Sequence[Path
     had = {(row["params_json"], row["repeat"]) for row in done}
     node = Node(experiment.server, experiment.model, experiment.revision)
     version = node.vllm_version()
+    flag_names = node.flag_names() if live else []
+    live_flags = split(experiment, flag_names).live if live else {}
     node.close()
     left = [
-        (repeat, params, flags)
+        (repeat, group)
         for repeat in range(repeats)
-        for params, flags in _shuffled(points, experiment.study.seed + repeat)
-        if (_text(params), repeat) not in had
+        for group in _groups(_shuffled(points, experiment.study.seed + repeat), live_flags)
+        if any((_text(params), repeat) not in had for params, _ in group)
     ]
-    for number, (repeat, params, flags) in enumerate(left[:at_most]):
+    began_s, longest_s = time.monotonic(), FIRST_S
+    for number, (repeat, group) in enumerate(left):
+        if time.monotonic() - began_s + longest_s > budget_s:
+            print(f"{len(left) - number} servers are left: run it again", flush=True)
+            return
         with _held(locks):
-            row = _measured(experiment, space, params, flags)
-        row |= {"repeat": repeat, "engine_version": version}
+            started_s = time.monotonic()
+            if live:
+                rows = _measured_live(experiment, space, group, live_flags, flag_names)
+            else:
+                rows = _measured(experiment, space, *group[0])
+            longest_s = time.monotonic() - started_s
         with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{number + 1}/{len(left)} {_text(params)}: {row['state']} {row.get('output_tokens_per_s')}", flush=True)
+            file.writelines(json.dumps({**r, "repeat": repeat, "engine_version": version}) + "\n" for r in rows)
+        for row in rows:
+            told = f"{row['params_json']}: {row['state']} {row.get('output_tokens_per_s')}"
+            print(f"{number + 1}/{len(left)} {told}", flush=True)
 
 
 def _shuffled(points: Sequence[tuple[Params, Flags]], seed: int) -> list[tuple[Params, Flags]]:
     return random.Random(seed).sample(points, len(points))
 
 
-def _measured(experiment: Experiment, space: Space, params: Params, flags: Flags) -> dict[str, Any]:
+def _groups(points: Sequence[Point], live: Mapping[str, Sequence[int]]) -> list[list[Point]]:
+    """Points that one server can be measured at; each alone where nothing is live."""
+    found: dict[str, list[Point]] = {}
+    for params, flags in points:
+        fixed = {name: value for name, value in params.items() if name not in live} if live else params
+        found.setdefault(_text(fixed), []).append((params, flags))
+    return list(found.values())
+
+
+def _measured(experiment: Experiment, space: Space, params: Params, flags: Flags) -> list[dict[str, Any]]:
     config = space.config(flags)
     with tempfile.TemporaryDirectory(prefix="varcas-landscape-") as logs:
-        task = TrialTask(
-            label="point",
-            experiment=experiment,
-            config=config,
-            revision=None,
-            resolved={},
-            endpoint=None,
-            log_dir=logs,
-            num_gpus=0 if experiment.hardware.gpu == "cpu" else config.num_gpus,
-        )
-        outcome = run_trial(task, threading.Event())
+        outcome = run_trial(_task(experiment, config, logs, live=False), threading.Event())
+    return [_row(experiment, params, config, outcome, f"{outcome.started_at:%Y%m%dT%H%M%S.%f}", 0)]
+
+
+def _measured_live(
+    experiment: Experiment,
+    space: Space,
+    group: Sequence[Point],
+    live: Mapping[str, Sequence[int]],
+    flag_names: Sequence[str],
+) -> list[dict[str, Any]]:
+    """All points of a group on one server."""
+    values = {flag: found for flag, found in live.items() if flag in group[0][0]}
+    start = live_start(space.config(group[0][1]), values, flag_names, {})
+    by_config = {}
+    for params, _ in group:
+        limits = Limits(**{flag: params[flag] for flag in values})  # type: ignore[arg-type]
+        by_config[start.at(limits).hash] = (params, Step(start.at(limits), experiment.workload, limits))
+    plan = Listed((cold_step(start.config, experiment.workload), *(step for _, step in by_config.values())))
+    with tempfile.TemporaryDirectory(prefix="varcas-landscape-") as logs:
+        series = run_series(_task(experiment, start.config, logs, live=True), threading.Event(), plan=plan)
+    if series.not_live is not None:
+        raise SystemExit(f"this server takes no new limits: {series.not_live}")
+    server = f"{series.done[0].outcome.started_at:%Y%m%dT%H%M%S.%f}"
+    if series.done[0].outcome.state == "failed":
+        return [_row(experiment, params, start.config, series.done[0].outcome, server, 0) for params, _ in group]
+    return [
+        _row(experiment, by_config[done.step.config.hash][0], done.step.config, done.outcome, server, place)
+        for place, done in enumerate(series.kept())
+    ]
+
+
+def _task(experiment: Experiment, config: ServingConfig, logs: str, *, live: bool) -> TrialTask:
+    return TrialTask(
+        label="point",
+        experiment=experiment,
+        config=config,
+        revision=None,
+        resolved={},
+        endpoint=None,
+        log_dir=logs,
+        num_gpus=0 if experiment.hardware.gpu == "cpu" else config.num_gpus,
+        live=live,
+    )
+
+
+def _row(
+    experiment: Experiment, params: Params, config: ServingConfig, outcome: Outcome, server: str, place: int
+) -> dict[str, Any]:
     columns = outcome_columns(outcome, experiment)
     return {
         "params_json": _text(params),
         "config_json": _text(dict(config.flags)),
-        "server": f"{outcome.started_at:%Y%m%dT%H%M%S.%f}",
-        "place": 0,
-        "live": False,
+        "server": server,
+        "place": place,
+        "live": outcome.live,
+        "gpu": outcome.host.gpu_name,
         "state": outcome.state,
         "failure_kind": outcome.failure_kind,
         "start_s": columns["server_start_s"] + columns["stop_s"],
@@ -189,7 +260,7 @@ def recorded(experiment: Experiment, out: Path, name: str) -> Landscape:
     """What `record` measured so far."""
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     kept = tuple({key: row.get(key) for key in SCHEMA.names} for row in rows)
-    return Landscape(name, experiment, kept, rows[0]["engine_version"], None, "measured")
+    return Landscape(name, experiment, kept, rows[0]["engine_version"], rows[0]["gpu"], "measured")
 
 
 # pack
@@ -265,7 +336,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     recording.add_argument("experiment", type=Path)
     recording.add_argument("--repeats", type=int, default=2)
     recording.add_argument("--lock", type=Path, action="append", default=[])
-    recording.add_argument("--at-most", type=int)
+    recording.add_argument("--budget-s", type=float, default=math.inf)
+    recording.add_argument("--model", help="where the model lies on this host")
+    recording.add_argument("--out", type=Path, help="JSON lines [default: beside the experiment]")
+    recording.add_argument("--live", action="store_true")
     packing = what.add_parser("pack")
     packing.add_argument("results", type=Path)
     packing.add_argument("study")
@@ -281,8 +355,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.what == "pack":
         found, out = packed(asked.results, asked.study, experiment, asked.out.stem), asked.out
     else:
-        lines, out = asked.experiment.with_suffix(".jsonl"), asked.experiment.with_suffix(".parquet")
-        record(experiment, asked.repeats, lines, asked.lock, asked.at_most)
+        lines = asked.out or asked.experiment.with_suffix(".jsonl")
+        out, model = lines.with_suffix(".parquet"), asked.model or experiment.model
+        here = experiment.model_copy(update={"model": model})
+        record(here, asked.repeats, lines, asked.lock, live=asked.live, budget_s=asked.budget_s)
         found = recorded(experiment, lines, asked.experiment.stem)
     found.write(out)
     print(show(found))

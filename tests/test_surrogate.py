@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,41 +30,45 @@ def truth(params: dict[str, object]) -> float:
 
 
 def test_numbers_are_near_or_far_and_labels_are_not() -> None:
-    points = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}, {"a": 256, "b": "z"}]
-    matrix, belongs = Encoding(points).matrix(points)
-    squares = [
-        [[float(((matrix[i] - matrix[j]) ** 2 * belongs[d]).sum()) for d in range(2)] for j in range(3)]
-        for i in range(3)
-    ]
-    assert squares[0][1][0] == pytest.approx((1 / 8) ** 2)
-    assert squares[0][2][0] == pytest.approx(1.0)
-    assert squares[0][1][1] == squares[0][2][1] == pytest.approx(1.0)
+    points = [{"a": 1, "b": "x"}, {"a": 2, "b": "y"}, {"a": 256, "b": "z"}, {"b": "z"}]
+    encoding = Encoding(points)
+    gaps = encoding.gaps(encoding.matrix(points), encoding.matrix(points))
+    assert gaps[0, 0, 1] == pytest.approx((1 / 8) ** 1.5)
+    assert gaps[0, 0, 2] == pytest.approx(1.0)
+    assert gaps[0, 0, 3] == 1.0
+    assert gaps[0, 3, 3] == 0.0
+    assert gaps[1, 0, 1] == gaps[1, 0, 2] == 1.0
 
 
 def test_true_is_no_number() -> None:
-    matrix, belongs = Encoding([{"a": True}, {"a": False}, {"a": 1}]).matrix([{"a": True}, {"a": 1}])
-    assert ((matrix[0] - matrix[1]) ** 2).sum() == pytest.approx(1.0)
-    assert belongs.shape == (1, 3)
+    encoding = Encoding([{"a": True}, {"a": False}, {"a": 1}])
+    assert encoding.gaps(encoding.matrix([{"a": True}]), encoding.matrix([{"a": 1}]))[0, 0, 0] == 1.0
 
 
 def test_the_process_is_bayes_rule() -> None:
     """Mean and variance of one draw against the textbook formula with explicit inverses."""
     rng = np.random.default_rng(0)
-    points, belongs = rng.random((7, 2)), np.eye(2)
-    values = np.sin(points.sum(axis=1))
-    process = Process(points, belongs, np.full((2, 2), 0.7), values, np.random.default_rng(1))
-    draw = process._draws[0]
-    process._weights = np.eye(len(process._draws))[0]
-    new = rng.random((3, 2))
+    points = [{"a": float(a), "b": float(b)} for a, b in rng.random((7, 2))]
+    new = [{"a": float(a), "b": float(b)} for a, b in rng.random((3, 2))]
+    encoding = Encoding([*points, *new])
+    at, to = encoding.matrix(points), encoding.matrix(new)
+    values, told, told_new = np.sin(at.sum(axis=1)), at[:, 0] * 0.3, to[:, 0] * 0.3
+    process = Process(encoding, at, values, np.random.default_rng(1), told)
+    process._draws, process._roots = process._draws[:1], process._roots[:1]
+    draw, centre = process._draws[0], told.mean()
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-        d = np.sqrt(5 * sum(draw.weights[k] * (a[:, None, k] - b[None, :, k]) ** 2 for k in range(2)))
-        return np.asarray(draw.amplitude**2 * (1 + d + d**2 / 3) * np.exp(-d))
+    def kernel(a: Any, b: Any, ta: Any, tb: Any) -> Any:
+        gap = [np.abs(a[:, None, k] - b[None, :, k]) ** 1.5 for k in range(2)]
+        alone = sum(np.exp(2 * draw[2 + k]) * np.exp(-np.exp(draw[4 + k]) * gap[k]) for k in range(2))
+        both = np.exp(2 * draw[1]) * np.exp(-sum(np.exp(draw[4 + k]) * gap[k] for k in range(2)))
+        return alone + both + 1.0 + 0.25 * np.outer(ta - centre, tb - centre)
 
-    whole = np.linalg.inv(kernel(points, points) + np.eye(7) * (draw.noise**2 + 1e-10))
-    mean = values.mean() + kernel(new, points) @ whole @ (values - values.mean())
-    variance = draw.amplitude**2 - np.diag(kernel(new, points) @ whole @ kernel(points, new))
-    found, deviation = process.predict(new)
+    whole = np.linalg.inv(kernel(at, at, told, told) + np.eye(7) * (np.exp(2 * draw[0]) + 1e-8))
+    residual = values - told
+    cross = kernel(to, at, told_new, told)
+    mean = told_new + residual.mean() + cross @ whole @ (residual - residual.mean())
+    variance = np.diag(kernel(to, to, told_new, told_new)) - np.diag(cross @ whole @ cross.T)
+    found, deviation = process.predict(to, told_new)
     assert found == pytest.approx(mean, abs=1e-6)
     assert deviation**2 == pytest.approx(variance, abs=1e-6)
 

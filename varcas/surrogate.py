@@ -3,11 +3,17 @@
 Notation: n measured points, m candidates, d parameters. Objectives are logarithms, larger is better: configurations
 act on throughput and latency as factors, and starts of one configuration differ by a share.
 
-* The kernel is a Matern 5/2 with a length for each parameter (Rasmussen and Williams 2006, section 4.2.1). Numbers are
-  scaled to 0..1, in the logarithm where they span a factor of 4 (batch sizes: neighbours are alike, which a sampler of
-  categories never knows); any other value is as far from every other one as the two ends of a scale.
-* Lengths, amplitude and noise are not optimised but averaged over draws from their priors and then about the best of
-  these, weighted by the evidence (section 5.2): with ten points a maximum would believe too much.
+* The logarithm of an objective is an estimate (the roofline's; 0 where there is none), a level and a slope on that
+  estimate, what each parameter does alone, what they do together, and noise:
+
+      log y = estimate + level + slope x estimate + sum over p of f_p + f + noise
+      cov(f_p, f_p') = main_p^2 exp(-w_p gap_p)      cov(f, f') = together^2 exp(-sum over p of w_p gap_p)
+
+  An untried value of a parameter keeps an uncertainty of its own, however many others were measured. The gap of numbers
+  is their difference to the power 1.5, on a scale from 0 to 1, in the logarithm where all are positive (neighbouring
+  batch sizes are alike, which a sampler of categories never knows); any two other values lie 1 apart.
+* Deviations, weights and noise are not fitted but averaged over: draws from their posterior by elliptical slice
+  sampling (Murray, Adams, MacKay, AISTATS 2010). With ten points an optimum would believe too much.
 * The score is the expected improvement over the best *predicted* mean (Jones et al. 1998; of the observed ones the best
   is lucky), times the chance to meet each limit (Gardner et al. 2014), times the chance to run, over the seconds it
   costs (Snoek et al. 2012, section 3.2). Several objectives are weighed anew at each proposal (ParEGO, Knowles 2006).
@@ -31,23 +37,21 @@ from varcas.columns import Floats
 
 Params = Mapping[str, JsonValue]
 
-NUM_DRAWS = 40
-"""Of the hyperparameters from their priors, and as many again about the best."""
-NUM_KEPT = 8
-"""Of these, those of most evidence, which predict together."""
-NUMBER_LENGTH, LABEL_LENGTH = (0.7, 0.7), (2.6, 0.8)
-"""Prior median of a length, as a share of its parameter's range, and its log-deviation: that of most switches is long,
-since most of them do little."""
-COMPRESSED = 0.5
-"""How far behind the best, as a logarithm, differences begin to count less: where it is slow, how slow is no matter."""
-NOISE = (0.025, 0.5)
-"""The same of the noise: starts of one configuration differ by 1-4 % (docs/measurement.md)."""
-LEAST_AMPLITUDE = 0.25
-JOINT, MAIN = 0.8, 0.6
-"""Prior medians of the deviations of what parameters do together, and of what each does alone, in spreads."""
-LEVEL, SLOPE = 0.5, 0.4
-"""Deviations of how far an estimate is off by a factor, and of its slope about 1."""
-LOG_FROM_RATIO = 4.0
+SMOOTHNESS = 1.5
+"""Of f along a number: 1 is a random walk, 2 a power series."""
+LEVEL, SLOPE = 1.0, 0.5
+"""Deviations of what an estimate is off by, as a logarithm, and of its slope about 1."""
+NOISE = (math.log(0.03), 0.5)
+"""Normal prior of a logarithm: that of the deviation between two starts of one configuration (2-4 % were seen)."""
+MAIN, TOGETHER = (math.log(0.2), 0.8), (math.log(0.1), 0.8)
+"""The same of what a parameter does by itself, and of what all do together: a value that was never tried may change the
+objective by a fifth, of one flag as of another."""
+NUMBER_WEIGHT, LABEL_WEIGHT = (math.log(2.0), 1.0), (math.log(1.0), 0.7)
+"""The same of weights: of a number from one end of its range to the other, of two labels."""
+BURN_IN, DRAWS, THIN = 30, 10, 4
+"""Steps of the slice sampler before the first draw, draws, and steps for each."""
+CLIP = 1.5
+"""Logarithm of value / limit beyond which a miss is only a miss."""
 EXPLAINED_BY = 2
 """Failures that share a suspect; from here on what holds it is not proposed while anything else is left."""
 DOUBT = 0.35
@@ -93,7 +97,7 @@ class Advice:
 
 
 class Encoding:
-    """Parameters as points: a column for each number, one for each value of what is no number.
+    """Parameters as numbers from 0 to 1, NaN where one is left out, or as codes of labels.
 
     Args:
         points: all that will be encoded.
@@ -101,22 +105,21 @@ class Encoding:
 
     def __init__(self, points: Sequence[Params]) -> None:
         names = sorted({name for params in points for name in params})
-        self._scales = {name: _scale([params.get(name) for params in points]) for name in names}
-        self.num_params = len(names)
-        priors = [NUMBER_LENGTH if isinstance(scale, _Numbers) else LABEL_LENGTH for scale in self._scales.values()]
-        self.lengths = np.array(priors).reshape(len(names), 2)
+        axes = {name: _axis([params.get(name) for params in points]) for name in names}
+        self._axes = {name: axis for name, axis in axes.items() if axis.differs}
+        self.is_number = np.array([isinstance(axis, _Numbers) for axis in self._axes.values()], dtype=np.bool_)
 
-    def matrix(self, points: Sequence[Params]) -> tuple[Floats, Floats]:
-        """Points of shape (k, c), and the parameter of each of the c columns as a row of ones in (d, c)."""
-        columns: list[Floats] = []
-        owners: list[int] = []
-        for number, (name, scale) in enumerate(self._scales.items()):
-            block = scale.columns([params.get(name) for params in points])
-            columns.append(block)
-            owners += [number] * block.shape[1]
-        belongs = np.zeros((self.num_params, len(owners)))
-        belongs[owners, np.arange(len(owners))] = 1.0
-        return np.hstack(columns) if columns else np.zeros((len(points), 0)), belongs
+    def matrix(self, points: Sequence[Params]) -> Floats:
+        """Points of shape (k, d)."""
+        columns = [[axis.at(params.get(name)) for params in points] for name, axis in self._axes.items()]
+        return np.array(columns, dtype=np.float64).reshape(len(self._axes), len(points)).T
+
+    def gaps(self, some: Floats, other: Floats) -> Floats:
+        """How far each parameter of (k, d) points lies from that of (l, d) others: (d, k, l)."""
+        a, b = some.T[:, :, None], other.T[:, None, :]
+        apart = np.abs(a - b)
+        number = np.where(np.isnan(a) & np.isnan(b), 0.0, np.where(np.isnan(apart), 1.0, apart**SMOOTHNESS))
+        return np.asarray(np.where(self.is_number[:, None, None], number, apart > 0), dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,101 +127,76 @@ class _Numbers:
     low: float
     high: float
     log: bool
+    differs: bool
 
-    def columns(self, values: Sequence[JsonValue]) -> Floats:
-        """One column, and one that is 1 where the parameter is left out."""
-        known = [isinstance(value, int | float) for value in values]
-        scaled = [self._at(float(v)) if ok else 0.5 for v, ok in zip(values, known, strict=True)]  # type: ignore[arg-type]
-        left_out = [0.0 if ok else 1.0 for ok in known]
-        return np.array([scaled, left_out], dtype=np.float64).T
-
-    def _at(self, value: float) -> float:
-        low, high, value = (math.log(x) for x in (self.low, self.high, value)) if self.log else (
-            self.low, self.high, value,
+    def at(self, value: JsonValue) -> float:
+        if not isinstance(value, int | float):
+            return math.nan
+        low, high, here = (math.log(x) for x in (self.low, self.high, value)) if self.log else (
+            self.low, self.high, float(value),
         )  # fmt: skip
-        return (value - low) / (high - low) if high > low else 0.5
+        return (here - low) / (high - low) if high > low else 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    labels: tuple[str, ...]
+    codes: Mapping[str, int]
 
-    def columns(self, values: Sequence[JsonValue]) -> Floats:
-        """A column for each label, so scaled that any two labels lie 1 apart."""
-        texts = [json.dumps(value, sort_keys=True) for value in values]
-        found = np.array([[math.sqrt(0.5) * (text == label) for label in self.labels] for text in texts])
-        return found.reshape(len(texts), len(self.labels))
+    @property
+    def differs(self) -> bool:
+        return len(self.codes) > 1
+
+    def at(self, value: JsonValue) -> float:
+        return float(self.codes[json.dumps(value, sort_keys=True)])
 
 
-def _scale(values: Sequence[JsonValue]) -> _Numbers | _Labels:
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
-    others = [v for v in values if v is not None and (isinstance(v, bool) or not isinstance(v, int | float))]
-    if others or not numbers:
-        return _Labels(tuple(sorted({json.dumps(value, sort_keys=True) for value in values})))
+def _axis(values: Sequence[JsonValue]) -> _Numbers | _Labels:
+    there = [value for value in values if value is not None]
+    numbers = [value for value in there if isinstance(value, int | float) and not isinstance(value, bool)]
+    if len(numbers) < len(there) or not numbers:
+        texts = dict.fromkeys(json.dumps(value, sort_keys=True) for value in values)
+        return _Labels({text: code for code, text in enumerate(texts)})
     low, high = float(min(numbers)), float(max(numbers))
-    return _Numbers(low, high, low > 0 and high / low >= LOG_FROM_RATIO)
+    return _Numbers(low, high, low > 0, low < high or len(there) < len(values))
 
 
 # ---- Gaussian process
 
 
-@dataclass(frozen=True, slots=True)
-class _Draw:
-    """Hyperparameters; weights are 1 / length**2 of each parameter."""
-
-    weights: Floats
-    joint: float
-    main: float
-    noise: float
-
-
 class Process:
-    """A Gaussian process on points and their values.
-
-    A value is its estimate, a level and a slope on that estimate, what each parameter does alone, and what they do
-    together: an untried value of a parameter keeps an uncertainty of its own, however many others were measured.
+    """A Gaussian process on points and their values, averaged over what is not known of it.
 
     Args:
-        points: (n, c), as `Encoding.matrix` gives them.
-        belongs: (d, c).
-        lengths: (d, 2): prior median of each parameter's length, and its log-deviation.
+        encoding: of the points.
+        points: (n, d), as `encoding.matrix` gives them.
         values: (n,).
-        rng: of the hyperparameters' draws.
+        rng: of the draws.
         estimates: (n,) of the values; None: there are none.
     """
 
     def __init__(
         self,
+        encoding: Encoding,
         points: Floats,
-        belongs: Floats,
-        lengths: Floats,
         values: Floats,
         rng: np.random.Generator,
         estimates: Floats | None = None,
     ) -> None:
         told = np.zeros(len(values)) if estimates is None else estimates
-        self._points, self._belongs, self._told = points, belongs, told
+        self._encoding, self._points, self._told = encoding, points, told
         self._centre = float(told.mean())
         self._mean = float((values - told).mean())
         self._values = values - told - self._mean
-        self._squares = _squares(points, points, belongs)
-        spread = max(float(self._values.std()), LEAST_AMPLITUDE)
-        draws = [_draw(lengths, spread, rng) for _ in range(NUM_DRAWS)]
-        scored = [(self._evidence(draw), draw) for draw in draws]
-        best = max(scored, key=lambda pair: pair[0])[1]
-        near = [_near(best, rng) for _ in range(NUM_DRAWS)]
-        scored += [(self._evidence(draw), draw) for draw in near]
-        kept = sorted(scored, key=lambda pair: -pair[0])[:NUM_KEPT]
-        evidence = np.array([score for score, _ in kept])
-        weights = np.exp(evidence - evidence.max())
-        self._weights: Floats = weights / weights.sum()
-        self._draws = [draw for _, draw in kept]
-        self._factors = [np.linalg.cholesky(self._covariance(draw)) for draw in self._draws]
+        self._gaps = encoding.gaps(points, points)
+        weights = [NUMBER_WEIGHT if is_number else LABEL_WEIGHT for is_number in encoding.is_number]
+        self._prior, self._width = np.array([NOISE, TOGETHER, *(MAIN for _ in weights), *weights]).T
+        self._draws = self._posterior(rng)
+        self._roots = [self._root(draw) for draw in self._draws]
 
     @property
     def noise(self) -> float:
         """Standard deviation between two measurements of one point."""
-        return float(sum(w * d.noise for w, d in zip(self._weights, self._draws, strict=True)))
+        return float(np.mean([math.exp(draw[0]) for draw in self._draws]))
 
     def believing(self, points: Floats, estimates: Floats | None = None) -> Process:
         """The same, as if these points had been measured to be what is predicted of them: they run just now."""
@@ -229,72 +207,69 @@ class Process:
         found = copy.copy(self)
         found._points, found._told = np.vstack([self._points, points]), np.concatenate([self._told, told])
         found._values = np.concatenate([self._values, mean - told - self._mean])
-        found._squares = _squares(found._points, found._points, self._belongs)
-        found._factors = [np.linalg.cholesky(found._covariance(draw)) for draw in self._draws]
+        found._gaps = self._encoding.gaps(found._points, found._points)
+        found._roots = [found._root(draw) for draw in self._draws]
         return found
 
     def predict(self, points: Floats, estimates: Floats | None = None) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of the noiseless value at each of (m, c) points."""
+        """Mean and standard deviation of the noiseless value at each of (m, d) points."""
         told = np.zeros(len(points)) if estimates is None else estimates
-        squares, linear = _squares(points, self._points, self._belongs), self._linear(told, self._told)
+        gaps, linear = self._encoding.gaps(self._points, points), self._linear(self._told, told)
         means, variances = [], []
-        for draw, factor in zip(self._draws, self._factors, strict=True):
-            half = np.linalg.solve(factor, (_kernel(draw, squares) + linear).T)
-            means.append(half.T @ np.linalg.solve(factor, self._values))
-            whole = draw.joint**2 + len(draw.weights) * draw.main**2 + LEVEL**2 + (SLOPE * (told - self._centre)) ** 2
+        for draw, root in zip(self._draws, self._roots, strict=True):
+            half = np.linalg.solve(root, self._smooth(draw, gaps) + linear)
+            means.append(half.T @ np.linalg.solve(root, self._values))
+            own = np.exp(2 * draw[1 : 2 + len(self._encoding.is_number)]).sum()
+            whole = own + LEVEL**2 + (SLOPE * (told - self._centre)) ** 2
             variances.append(np.maximum(whole - (half**2).sum(axis=0), 1e-12))
-        mean = self._weights @ np.array(means)
-        spread = self._weights @ (np.array(variances) + (np.array(means) - mean) ** 2)
+        mean = np.mean(means, axis=0)
+        spread = np.mean(np.array(variances) + (np.array(means) - mean) ** 2, axis=0)
         return told + self._mean + mean, np.sqrt(spread)
 
-    def _linear(self, a: Floats, b: Floats) -> Floats:
+    def _linear(self, some: Floats, other: Floats) -> Floats:
         """Covariance by level and slope of the estimates."""
-        found: Floats = LEVEL**2 + SLOPE**2 * np.outer(a - self._centre, b - self._centre)
-        return found
+        slope = SLOPE**2 * np.outer(some - self._centre, other - self._centre)
+        return np.asarray(LEVEL**2 + slope, dtype=np.float64)
 
-    def _covariance(self, draw: _Draw) -> Floats:
-        found: Floats = _kernel(draw, self._squares) + self._linear(self._told, self._told)
-        return found + np.eye(len(self._values)) * (draw.noise**2 + 1e-10)
+    def _smooth(self, draw: Floats, gaps: Floats) -> Floats:
+        """Covariance of what each parameter does alone, and of what they do together."""
+        count = len(gaps)
+        weighed = np.exp(draw[2 + count :])[:, None, None] * gaps
+        alone = np.tensordot(np.exp(2 * draw[2 : 2 + count]), np.exp(-weighed), axes=1)
+        return np.asarray(alone + math.exp(2 * draw[1]) * np.exp(-weighed.sum(axis=0)), dtype=np.float64)
 
-    def _evidence(self, draw: _Draw) -> float:
-        factor = np.linalg.cholesky(self._covariance(draw))
-        half = np.linalg.solve(factor, self._values)
-        return float(-0.5 * half @ half - np.log(np.diag(factor)).sum())
+    def _root(self, draw: Floats) -> Floats:
+        covariance = self._smooth(draw, self._gaps) + self._linear(self._told, self._told)
+        covariance[np.diag_indices_from(covariance)] += math.exp(2 * draw[0]) + 1e-8
+        return np.asarray(np.linalg.cholesky(covariance), dtype=np.float64)
 
+    def _posterior(self, rng: np.random.Generator) -> list[Floats]:
+        """Draws of noise, deviations and weights, as logarithms."""
+        away = np.zeros(len(self._prior))
+        likely, drawn = self._log_likelihood(away), []
+        for step in range(BURN_IN + DRAWS * THIN):
+            away, likely = self._slice(away, likely, rng)
+            if step >= BURN_IN and (step - BURN_IN) % THIN == 0:
+                drawn.append(self._prior + away)
+        return drawn
 
-def _draw(priors: Floats, spread: float, rng: np.random.Generator) -> _Draw:
-    lengths = priors[:, 0] * np.exp(priors[:, 1] * rng.standard_normal(len(priors)))
-    joint, main = (share * spread * math.exp(0.6 * rng.standard_normal()) for share in (JOINT, MAIN))
-    return _Draw(lengths**-2.0, joint, main, NOISE[0] * math.exp(NOISE[1] * rng.standard_normal()))
+    def _slice(self, away: Floats, likely: float, rng: np.random.Generator) -> tuple[Floats, float]:
+        """One step of elliptical slice sampling."""
+        other, floor = self._width * rng.standard_normal(len(away)), likely + math.log(1 - rng.random())
+        angle = rng.uniform(0, 2 * math.pi)
+        low, high = angle - 2 * math.pi, angle
+        while True:
+            tried = away * math.cos(angle) + other * math.sin(angle)
+            found = self._log_likelihood(tried)
+            if found >= floor or high - low < 1e-6:
+                return tried, found
+            low, high = (angle, high) if angle < 0 else (low, angle)
+            angle = rng.uniform(low, high)
 
-
-def _near(draw: _Draw, rng: np.random.Generator) -> _Draw:
-    weights = draw.weights * np.exp(0.8 * rng.standard_normal(len(draw.weights)))
-    joint, main, noise = (
-        value * math.exp(0.3 * rng.standard_normal()) for value in (draw.joint, draw.main, draw.noise)
-    )
-    return _Draw(weights, joint, main, noise)
-
-
-def _squares(a: Floats, b: Floats, belongs: Floats) -> Floats:
-    """Squared distances of each parameter: (d, len(a), len(b))."""
-    found = np.zeros((len(belongs), len(a), len(b)))
-    for number, row in enumerate(belongs):
-        for column in np.flatnonzero(row):
-            found[number] += (a[:, column, None] - b[None, :, column]) ** 2
-    return found
-
-
-def _kernel(draw: _Draw, squares: Floats) -> Floats:
-    """Covariance of what parameters do together, and of what each does alone."""
-    weighed = draw.weights[:, None, None] * squares
-    alone: Floats = _matern(weighed).sum(axis=0)
-    return draw.joint**2 * _matern(weighed.sum(axis=0)) + draw.main**2 * alone
-
-
-def _matern(squares: Floats) -> Floats:
-    distance = np.sqrt(5.0 * squares)
-    return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
+    def _log_likelihood(self, away: Floats) -> float:
+        root = self._root(self._prior + away)
+        half = np.linalg.solve(root, self._values)
+        return float(-0.5 * half @ half - np.log(np.diag(root)).sum())
 
 
 # ---- what fails
@@ -355,7 +330,7 @@ def advise(
         candidates: what may be tried.
         running: what is being tried just now.
         cost_s: of each candidate; None: all the same.
-        estimate: of the first objective's logarithm, larger is better, before anything was measured; None: none.
+        estimate: of the first objective's logarithm, larger is better, before anything was measured; or None.
         seed: of the draws; another one for each proposal.
 
     Returns:
@@ -366,17 +341,16 @@ def advise(
         return None
     rng = np.random.default_rng(seed)
     encoding = Encoding([*(one.params for one in ran), *candidates, *running])
-    points, belongs = encoding.matrix([one.params for one in ran])
-    space, busy = encoding.matrix(candidates)[0], encoding.matrix(running)[0]
+    points, space, busy = (encoding.matrix(some) for some in ([one.params for one in ran], candidates, running))
     feasible = [one.feasible for one in ran]
     goals = _goals(ran, any(feasible), rng)
     groups = ([one.params for one in ran], list(candidates), list(running))
     told = _estimates(groups, estimate) if any(feasible) and len(ran[0].values or ()) == 1 else (None, None, None)
-    process = Process(points, belongs, encoding.lengths, goals, rng, told[0]).believing(busy, told[2])
+    process = Process(encoding, points, goals, rng, told[0]).believing(busy, told[2])
     best = _best_predicted(process, points, told[0], feasible)
     mean, deviation = process.predict(space, told[1])
     expected = expected_improvement(mean, deviation, best)
-    score = expected * _chance_to_meet(ran, points, belongs, encoding.lengths, space, rng) if any(feasible) else expected
+    score = expected * _chance_to_meet(ran, encoding, points, space, rng) if any(feasible) else expected
     suspects = Suspects([(one.params, one.values is not None) for one in tried])
     runs = np.array([suspects.chance(params) for params in candidates])
     score = score * runs if runs.any() else score
@@ -400,10 +374,11 @@ def _goals(ran: Sequence[Observed], any_feasible: bool, rng: np.random.Generator
     return np.asarray(weighed.min(axis=1) + AUGMENTED * weighed.sum(axis=1))
 
 
+COMPRESSED = float(__import__("os").environ.get("COMPRESSED", "0"))
 def _compressed(values: Floats, best: float) -> Floats:
     """Behind the best, near it as it is and ever less apart farther away."""
     behind = best - values
-    return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED))
+    return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED)) if COMPRESSED else values - best
 
 
 def _estimates(
@@ -439,20 +414,15 @@ def _below(z: Floats) -> Floats:
 
 
 def _chance_to_meet(
-    ran: Sequence[Observed],
-    points: Floats,
-    belongs: Floats,
-    lengths: Floats,
-    space: Floats,
-    rng: np.random.Generator,
+    ran: Sequence[Observed], encoding: Encoding, points: Floats, space: Floats, rng: np.random.Generator
 ) -> Floats:
     """Of every limit, at each candidate."""
     chance = np.ones(len(space))
     known = [one.excess for one in ran]
     for number in range(len(known[0])):
-        missed = np.array([excess[number] for excess in known])
+        missed = np.clip(np.array([excess[number] for excess in known]), -CLIP, CLIP)
         if (missed <= 0).all():
             continue
-        mean, deviation = Process(points, belongs, lengths, missed, rng).predict(space)
+        mean, deviation = Process(encoding, points, missed, rng).predict(space)
         chance = chance * _below(-mean / deviation)
     return chance
