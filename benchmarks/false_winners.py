@@ -182,12 +182,12 @@ def study(seed: int, gain: float, sd: float, trials: int, directory: Path) -> To
             made,
             check(made),
             store,
-            HerePool(),
+            HerePool(),  # type: ignore[arg-type]
             Budget(),
             lambda event: None,
             threading.Event(),
             machine.run,
-            EasyNode,  # type: ignore[arg-type]
+            EasyNode,
         )
         with sweeper:
             sweeper.search()

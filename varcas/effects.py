@@ -121,9 +121,9 @@ class _Fit:
         self._design, self._terms = design, terms
         self._centred = logs - logs.mean()
         gram = design.T @ design + RIDGE * np.eye(len(terms))
-        self._inverse: Floats = np.linalg.inv(gram)
-        self._weights: Floats = self._inverse @ design.T @ self._centred
-        self._residuals: Floats = self._centred - design @ self._weights
+        self._inverse: Floats = np.asarray(np.linalg.inv(gram), dtype=np.float64)
+        self._weights: Floats = np.asarray(self._inverse @ design.T @ self._centred, dtype=np.float64)
+        self._residuals: Floats = np.asarray(self._centred - design @ self._weights, dtype=np.float64)
         used = float(np.trace(design @ self._inverse @ design.T)) + 1
         self._freedom = len(logs) - used
         self.noise = math.sqrt(float(self._residuals @ self._residuals) / self._freedom) if self._freedom >= 1 else None
