@@ -7,7 +7,7 @@
 `record` starts a real server for each point of the space, shuffled by its seed, and all a second time after that, so
 that drift is in the difference; it goes on where it was cut. With `--live` it starts one for each value of what no
 running server takes, and measures the others on it in turn, after a load that is thrown away; where such a start fails,
-all its points do. `pack` takes what a store holds of a study instead (a sweep with `sampler: grid`, `varcas batch-size`).
+all its points do. `pack` takes what a store holds of a study instead, say a sweep with `sampler: grid`.
 
 A row a measurement: `params_json` (of the space), `config_json`, `server` (which start: its rows were measured one by
 one), `place` (0: its first load), `live` (limits were changed while it ran), `state`, `failure_kind`,

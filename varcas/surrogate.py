@@ -50,6 +50,8 @@ NUMBER_WEIGHT, LABEL_WEIGHT = (math.log(2.0), 1.0), (math.log(1.0), 0.7)
 """The same of weights: of a number from one end of its range to the other, of two labels."""
 BURN_IN, DRAWS, THIN = 30, 10, 4
 """Steps of the slice sampler before the first draw, draws, and steps for each."""
+COMPRESSED = 0.5
+"""How far behind the best, as a logarithm, differences begin to count less: how slow what is slow is, is no matter."""
 CLIP = 1.5
 """Logarithm of value / limit beyond which a miss is only a miss."""
 EXPLAINED_BY = 2
@@ -374,11 +376,10 @@ def _goals(ran: Sequence[Observed], any_feasible: bool, rng: np.random.Generator
     return np.asarray(weighed.min(axis=1) + AUGMENTED * weighed.sum(axis=1))
 
 
-COMPRESSED = float(__import__("os").environ.get("COMPRESSED", "0"))
 def _compressed(values: Floats, best: float) -> Floats:
     """Behind the best, near it as it is and ever less apart farther away."""
     behind = best - values
-    return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED)) if COMPRESSED else values - best
+    return np.asarray(-COMPRESSED * np.log1p(behind / COMPRESSED))
 
 
 def _estimates(
