@@ -243,11 +243,11 @@ def search(terrain: Terrain, arm: str, seed: int, directory: Path, inner: bool, 
     """One study to its end, or until it has found what it seeks."""
     made = _experiment(terrain, arm, seed, most)
     machine = Machine(terrain, Space(made), random.Random(f"{terrain.name} {arm} {seed}"), most)
-    if arm == "halving":
-        _halve(machine, most)
-        return machine
     site = terrain.site(made)
     pruner = Pruner(made, machine.space, site) if site is not None else None
+    if arm == "halving":
+        _halve(machine, most, pruner)
+        return machine
     order = first_proposals(made, machine.space, site, pruner) if site is not None and pruner is not None else None
     first = order.first if order is not None and arm == "auto" else ()
     path = directory / f"{arm}-{seed}.log"
@@ -333,10 +333,12 @@ def _row(machine: Machine, proposal: Proposal, made: Experiment, value: float | 
     return TrialRow(**fixed | columns)
 
 
-def _halve(machine: Machine, most: int) -> None:
+def _halve(machine: Machine, most: int, pruner: Pruner | None) -> None:
     """Successive halving (Jamieson and Talwalkar 2016) over random configurations, again and again."""
     space, rng = machine.space, machine.rng
-    configs = [space.config(flags) for _, flags in space.points()]
+    every = [space.config(flags) for _, flags in space.points()]
+    allowed = [True] * len(every) if pruner is None else pruner.allowed(every)
+    configs = [config for config, ok in zip(every, allowed, strict=True) if ok]
     _measure_once(machine, space.config(machine.terrain.experiment.baseline), 1.0)
     while machine.starts < most and machine.found is None:
         rung: list[ServingConfig] = rng.sample(configs, min(FIRST_RUNG, len(configs)))
