@@ -57,7 +57,7 @@ class LocalStarts(Starts):
         return True
 
     def checked(self, config: ServingConfig) -> Any:
-        """vLLM's word on a configuration."""
+        """VLLM's word on a configuration."""
         return self._check(config)
 
     def measure(
@@ -92,4 +92,3 @@ class LocalStarts(Starts):
             self.store.append(row, load.records if load else (), one.outcome.samples)
             self._rows.append(row)
             on_row(row, one)
-

@@ -1,4 +1,4 @@
-"""The curve from one server start: knee and pick by rule, the command end to end, and what it does not measure again."""
+"""The curve from one server start: knee and pick by rule, the command end to end, what it does not measure again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.e2e.sweeps import varcas, write_experiment
 from tests import rows as imagined
+from tests.e2e.sweeps import varcas, write_experiment
 from varcas.batch_size import BatchSizeCurve, batch_size_search, confirmed, knee, pick, told_apart
 from varcas.errors import InputError
 from varcas.experiment import Objective, parse_experiment
@@ -103,7 +103,14 @@ def test_what_cannot_be_swept_is_refused(options: dict[str, Any], words: str) ->
         batch_size_search(experiment, **options)
 
 
-WORKLOAD = {"profile": "chat-short", "rate_rps": 40, "duration_s": 2.0, "warmup_s": 0.2, "max_drain_s": 0.3, "max_tokens": 200}
+WORKLOAD = {
+    "profile": "chat-short",
+    "rate_rps": 40,
+    "duration_s": 1.5,
+    "warmup_s": 0.2,
+    "max_drain_s": 0.3,
+    "max_tokens": 200,
+}
 
 
 def curve_of(path: Path, *options: str | Path) -> dict[str, Any]:

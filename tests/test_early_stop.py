@@ -18,7 +18,7 @@ from varcas.records import Ended, LoadResult, RequestRecord, ScheduledRequest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from false_stops import false_stops  # noqa: E402
+from false_stops import false_stops
 
 LIMIT = {"ttft_p95_ms": 2000.0}
 

@@ -25,9 +25,9 @@ from varcas.experiment import ArrivalKind
 from varcas.intervals import t_quantile
 from varcas.metrics import Series, compare, constraints_of, is_good, percentile, reported, summarise
 from varcas.records import (
-    MAX_EXCESS,
     LATENCIES,
     LATENCY_METRICS,
+    MAX_EXCESS,
     SENT_STATISTICS,
     SLO_PRESETS,
     STATISTICS,

@@ -132,9 +132,7 @@ def batch_size(
     ] = None,
     flag: Annotated[str, typer.Option(help="max_num_seqs or max_num_batched_tokens")] = "max_num_seqs",
     fresh: Annotated[bool, typer.Option("--fresh", help="a server of its own for each value")] = False,
-    confirm: Annotated[
-        bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")
-    ] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the curve: .svg, .png or .html")] = None,
     address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
     results: ResultsOpt = None,

@@ -154,7 +154,9 @@ def _point_words(curve: BatchSizeCurve, point: Point) -> str:
 
 def _curve_lines(curve: BatchSizeCurve) -> list[str]:
     live = sum(point.measured_live for point in curve.points)
-    lines = [f"{curve.starts} server starts, {duration(curve.wall_s)}; {live} of {len(curve.points)} values measured live"]
+    lines = [
+        f"{curve.starts} server starts, {duration(curve.wall_s)}; {live} of {len(curve.points)} values measured live"
+    ]
     if curve.pick is None:
         return [*lines, "nothing that was measured meets the SLO"]
     lines.append(f"knee: {curve.flag} {curve.knee} ({curve.knee_method})")
@@ -163,7 +165,9 @@ def _curve_lines(curve: BatchSizeCurve) -> list[str]:
     if curve.confirmed is not None:
         fresh = curve.confirmed
         span = "" if fresh.lo is None else f" (95 % {cell(fresh.lo)} to {cell(fresh.hi)})"
-        lines.append(f"fresh starts: {len(fresh.values)}, mean {cell(fresh.mean)}{span}; live is {fresh.live_ratio:.3f} of it")
+        lines.append(
+            f"fresh starts: {len(fresh.values)}, mean {cell(fresh.mean)}{span}; live is {fresh.live_ratio:.3f} of it"
+        )
     return [*lines, f"deploy: {curve.command}"]
 
 

@@ -37,6 +37,7 @@ POLL_S = 0.25
 HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
 """Failures that no flag changes: a sweep whose baseline has one ends, and tries it again when resumed."""
 
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What the sweep is about to spend."""
@@ -484,5 +485,3 @@ def _changes(key: str, old: Any, new: Any) -> str:
 def _staged_s(times: StageTimes) -> float:
     started_s = times.fetch_s + times.cooldown_s + times.server_start_s
     return started_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
-
-

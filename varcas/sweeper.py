@@ -495,6 +495,7 @@ class Sweeper(Starts):
         need_s = one_s + (plan.confirm_starts * one_s / plan.width if reserve else 0.0)
         return time.monotonic() + need_s > self._deadline_s
 
+
 def _is_hopeless(row: TrialRow) -> bool:
     return row.purpose == "baseline" and row.failure_kind in HOPELESS
 
