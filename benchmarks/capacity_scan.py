@@ -2,7 +2,7 @@
 
 The scan loads one server with every rate of a grid, ascending, until `--misses` in a row do not hold, each for the same
 window, nothing ended early: what one would do by hand. Its capacity is the highest rate of the grid that holds with
-every one below it. Then another start of the same server runs the bisection. Order and starts alternate with `--repeats`.
+every one below it. Then another start of the same server runs the bisection; with `--repeats` their order alternates.
 
     PYTHONPATH=. python benchmarks/capacity_scan.py --out capacity.jsonl --results capacity_store
 """
