@@ -53,9 +53,6 @@ class LocalStarts(Starts):
         stop = threading.Event()
         super().__init__(experiment, check(experiment, searched=False), store, pool, on_event, stop, Node)
 
-    def _is_own(self, row: TrialRow) -> bool:
-        return True
-
     def checked(self, config: ServingConfig) -> Any:
         """VLLM's word on a configuration."""
         return self._check(config)

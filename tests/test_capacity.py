@@ -26,6 +26,7 @@ from varcas.capacity import (
 )  # fmt: skip
 from varcas.errors import InputError
 from varcas.experiment import parse_experiment
+from varcas.results import Results
 
 KEY = "ttft_p95_ms"
 
@@ -197,11 +198,11 @@ def test_the_command_finds_what_a_scripted_server_holds(tmp_path: Path, model_di
     assert answer["lowest_missed_rps"] <= 1.25 * answer["highest_met_rps"] * 1.01
     assert any(row["stopped_early"] or row["saturated"] for row in rows)
     assert answer["capacity_rps_lo"] <= answer["capacity_rps"]
-    store = json.loads(varcas("results", "--results", tmp_path / "results", "--json").finish()[1])
-    assert {row["server_id"] for row in store} == {store[0]["server_id"]}
-    assert [row["rate_rps"] for row in store] == [row["rate_rps"] for row in rows]
-    assert len({row["trial_id"] for row in store}) == len(store)
-    assert sum(row["server_start_s"] > 0 for row in store) == 1
+    store = Results(tmp_path / "results").trials()
+    assert {row.server_id for row in store} == {store[0].server_id}
+    assert [row.rate_rps for row in store] == [row["rate_rps"] for row in rows]
+    assert len({row.trial_id for row in store}) == len(store)
+    assert sum((row.server_start_s or 0) > 0 for row in store) == 1
 
 
 def test_the_command_without_an_slo_names_it(tmp_path: Path, model_dir: Path) -> None:

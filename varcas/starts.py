@@ -387,9 +387,9 @@ class Starts:
         return hashlib.sha256(f"{self._trial_id(job)}:{job.number}".encode()).hexdigest()[:16]
 
     def _measured_before(self, job: Job, beside: Sequence[TrialRow] = ()) -> int:
-        """How often the same was measured for the same purpose."""
-        key = self._trial_key(job)
-        return sum(row.trial_key == key and row.purpose == job.purpose for row in (*self._rows, *beside))
+        """How often the same was measured for the same purpose, by the store and rows that are not in it yet."""
+        key, stored = self._trial_key(job), self.store.rows(self.experiment.name)
+        return sum(row.trial_key == key and row.purpose == job.purpose for row in (*stored, *beside))
 
     def _row(self, job: Job, **columns: Any) -> TrialRow:
         e, config = self.experiment, job.proposal.config
