@@ -138,8 +138,9 @@ class Runner:
         turned = [values[(i + unit.round) % len(values)] for i in range(len(values))]
         own_rps = self._experiment.workload.rate_rps or 0.0
         named = [(f"r{unit.round}/{unit.sort}/{value}", value, own_rps) for value in turned]
-        yield from (self._step(unit, *one) for one in named if one[0] not in self._done)
-        if unit.value is None:
+        compared = [self._step(unit, *one) for one in named if one[0] not in self._done]
+        yield from compared
+        if unit.value is None and compared:  # no start for cells alone
             cells = [(f"cell/{v}/{r:g}", v, r) for r in self._defaults.cell_rates for v in self._defaults.cell_values]
             left = [cell for cell in cells if cell[0] not in self._done]
             yield from (self._step(unit, *cell) for cell in left[: self._args.cells])
