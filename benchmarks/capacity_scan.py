@@ -1,8 +1,8 @@
 """`varcas capacity` beside a fine linear scan of rates, on real vLLM: how far apart, and in what share of the time.
 
 The scan loads one server with every rate of a grid, ascending, until `--misses` in a row do not hold, each for the same
-window, nothing ended early: what one would do by hand. Its capacity is the highest rate of the grid that holds with every
-one below it. Then another start of the same server runs the bisection. Order and starts alternate with `--repeats`.
+window, nothing ended early: what one would do by hand. Its capacity is the highest rate of the grid that holds with
+every one below it. Then another start of the same server runs the bisection; with `--repeats` their order alternates.
 
     PYTHONPATH=. python benchmarks/capacity_scan.py --out capacity.jsonl --results capacity_store
 """
@@ -69,8 +69,8 @@ def run(starts: LocalStarts, plan: Any, case: str, args: argparse.Namespace) -> 
     def keep(row: TrialRow, done: Done) -> None:
         seen.append(done)
         one = judged(done, starts.experiment.slo)
-        print(f"  {one.rate_rps:7.2f}/s  {'holds' if one.met else 'missed'}  {row.stopped_early or ''}"
-              f"{' saturated' if row.saturated else ''}  load {row.load_s:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
+        said = ("holds" if one.met else "missed", row.stopped_early or "", "saturated" if row.saturated else "")
+        print(f"  {one.rate_rps:7.2f}/s  {' '.join(said)}  load {row.load_s:.1f} s", file=sys.stderr, flush=True)
 
     began_s = time.monotonic()
     starts.measure(plan.config, plan, purpose="capacity", live=False, on_row=keep)
@@ -93,7 +93,9 @@ def run(starts: LocalStarts, plan: Any, case: str, args: argparse.Namespace) -> 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """Prints each pair of a scan and a bisection as Markdown."""
     by_case = {row["case"]: row for row in rows}
-    print("| repeat | scan: holds up to | scan, s (loads) | capacity (95 %) | s (loads) | off | share of time | target |")
+    print(
+        "| repeat | scan: holds up to | scan, s (loads) | capacity (95 %) | s (loads) | off | share of time | target |"
+    )
     print("|--:|--:|--:|--:|--:|--:|--:|---|")
     for number in sorted({int(row["case"].split("/")[1]) for row in rows}):
         scan, found = by_case.get(f"scan/{number}"), by_case.get(f"capacity/{number}")
@@ -142,7 +144,9 @@ def experiment_of(args: argparse.Namespace) -> Experiment:
     slo = ", ".join(f"{key}: {limit}" for key, limit in args.slo.items())
     model = model_dir("tiny-llama", args.model_dir).resolve()
     return parse_experiment(
-        CPU.format(model=model, seqs=args.seqs, first=args.first, duration=args.duration_s, slo=slo, results=args.results)
+        CPU.format(
+            model=model, seqs=args.seqs, first=args.first, duration=args.duration_s, slo=slo, results=args.results
+        )
     )
 
 

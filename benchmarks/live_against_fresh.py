@@ -1,16 +1,16 @@
-"""Is a value measured on a running server what a fresh server gives? Both, interleaved, on real vLLM.
+r"""Is a value measured on a running server what a fresh server gives? Both, interleaved, on real vLLM.
 
 Each round starts one server whose `max_num_seqs` changes while it runs and measures every value on it, then a fresh
 server for each value, in another order each round; each server's first load is thrown away. Live and fresh are the
-same configuration as far as this vLLM allows (`varcas/inner.py`). Prints the ratio of each value's means of tokens/s and
-TPOT with the fresh starts' own 95 % interval; the target is 3 % and 5 %, or inside of that interval.
+same configuration as far as this vLLM allows (`varcas/inner.py`). Prints the ratio of each value's means of tokens/s
+and TPOT with the fresh starts' own 95 % interval; the target is 3 % and 5 %, or inside of that interval.
 
 After a live server's values come cells of a landscape, `max_num_seqs` x requests/s, as many as the budget allows: each
 round goes on where the last one ended. Everything is a row of JSON (`--out`) and of a store (`--results`) at once, so
 that a run that was cut goes on; the order is such that what is there after each round can be used.
 
     PYTHONPATH=. python benchmarks/live_against_fresh.py --out live_cpu.jsonl --results live_cpu
-    PYTHONPATH=.:/tmp/site python3 benchmarks/live_against_fresh.py --gpu --out $OUT/live.jsonl --results $OUT/store \\
+    PYTHONPATH=.:/tmp/site python3 benchmarks/live_against_fresh.py --gpu --out $OUT/live.jsonl --results $OUT/store \
         --budget-s 560
     PYTHONPATH=. python benchmarks/live_against_fresh.py --print --done live.jsonl
 """
@@ -58,8 +58,8 @@ name: live-against-fresh
 model: {model}
 hardware: {{gpu: {gpu}}}
 server: {{env: {env}}}
-serve: {{load_format: dummy, dtype: half, max_model_len: 2048, gpu_memory_utilization: 0.9, quantization: {quantization},
-         enforce_eager: {eager}}}
+serve: {{load_format: dummy, dtype: half, max_model_len: 2048, gpu_memory_utilization: 0.9,
+         quantization: {quantization}, enforce_eager: {eager}}}
 workload: {{profile: chat-medium, rate_rps: {rate}, duration_s: {duration}, warmup_s: 2, max_drain_s: 2, seed: 0}}
 results: {results}
 """
@@ -138,8 +138,9 @@ class Runner:
         turned = [values[(i + unit.round) % len(values)] for i in range(len(values))]
         own_rps = self._experiment.workload.rate_rps or 0.0
         named = [(f"r{unit.round}/{unit.sort}/{value}", value, own_rps) for value in turned]
-        yield from (self._step(unit, *one) for one in named if one[0] not in self._done)
-        if unit.value is None:
+        compared = [self._step(unit, *one) for one in named if one[0] not in self._done]
+        yield from compared
+        if unit.value is None and compared:  # no start for cells alone
             cells = [(f"cell/{v}/{r:g}", v, r) for r in self._defaults.cell_rates for v in self._defaults.cell_values]
             left = [cell for cell in cells if cell[0] not in self._done]
             yield from (self._step(unit, *cell) for cell in left[: self._args.cells])
@@ -176,8 +177,9 @@ class Runner:
         )  # fmt: skip
         if row.state == "complete":
             self._done.add(case)
-        print(f"{case:>16}  {row.state}  {row.output_tokens_per_s or 0:8.1f} tok/s  TPOT {row.tpot_mean_ms or 0:6.2f} ms"
-              f"  start {row.server_start_s or 0:.0f} s  {row.failure_detail or ''}", file=sys.stderr, flush=True)  # fmt: skip
+        figures = f"{row.output_tokens_per_s or 0:8.1f} tok/s  TPOT {row.tpot_mean_ms or 0:6.2f} ms"
+        more = f"start {row.server_start_s or 0:.0f} s  {row.failure_detail or ''}"
+        print(f"{case:>16}  {row.state}  {figures}  {more}", file=sys.stderr, flush=True)
 
 
 KEPT = (
@@ -228,7 +230,8 @@ def _line(value: int, figure: str, target: float, rows: Sequence[Mapping[str, An
     half = _half(found["fresh"])
     holds = abs(ratio - 1) <= target or (half is not None and abs(ratio - 1) <= half)
     own = "-" if half is None else f"± {half:.1%}"
-    return f"| {value} | {figure} | {told['live']} | {told['fresh']} | {ratio:.3f} | {own} | {target:.0%} | {'yes' if holds else 'NO'} |"
+    said = "yes" if holds else "NO"
+    return f"| {value} | {figure} | {told['live']} | {told['fresh']} | {ratio:.3f} | {own} | {target:.0%} | {said} |"
 
 
 def _half(values: Sequence[float]) -> float | None:
@@ -245,9 +248,12 @@ def _print_cells(cells: Sequence[Mapping[str, Any]]) -> None:
     print("|--:|" + "---|" * len(rates))
     for value in sorted({row["value"] for row in cells}):
         by_rate = {row["rate_rps"]: row for row in cells if row["value"] == value}
-        shown = [f"{by_rate[r]['output_tokens_per_s']:.0f}, {by_rate[r]['tpot_mean_ms'] or 0:.1f}" if r in by_rate else ""
-                 for r in rates]  # fmt: skip
+        shown = [_cell(by_rate.get(rate)) for rate in rates]
         print(f"| {value} | " + " | ".join(shown) + " |")
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    return "" if row is None else f"{row['output_tokens_per_s']:.0f}, {row['tpot_mean_ms'] or 0:.1f}"
 
 
 def experiment_of(args: argparse.Namespace, model: Path, defaults: Defaults) -> Experiment:

@@ -53,11 +53,8 @@ class LocalStarts(Starts):
         stop = threading.Event()
         super().__init__(experiment, check(experiment, searched=False), store, pool, on_event, stop, Node)
 
-    def _is_own(self, row: TrialRow) -> bool:
-        return True
-
     def checked(self, config: ServingConfig) -> Any:
-        """vLLM's word on a configuration."""
+        """VLLM's word on a configuration."""
         return self._check(config)
 
     def measure(
@@ -92,4 +89,3 @@ class LocalStarts(Starts):
             self.store.append(row, load.records if load else (), one.outcome.samples)
             self._rows.append(row)
             on_row(row, one)
-

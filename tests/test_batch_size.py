@@ -1,8 +1,8 @@
-"""The curve from one server start: knee and pick by rule, the command end to end, and what it does not measure again."""
+"""The curve from one server start: knee and pick by rule, the command end to end, what it does not measure again."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.e2e.sweeps import varcas, write_experiment
 from tests import rows as imagined
+from tests.e2e.sweeps import write_experiment
 from varcas.batch_size import BatchSizeCurve, batch_size_search, confirmed, knee, pick, told_apart
 from varcas.errors import InputError
-from varcas.experiment import Objective, parse_experiment
+from varcas.experiment import Hardware, Objective, load_experiment, parse_experiment
 from varcas.pictures import draw_curve
+from varcas.pool import Pool
 from varcas.records import TrialRow
+from varcas.results import Results
 
 TOKENS = Objective(maximize="output_tokens_per_s")
 TPOT = Objective(minimize="tpot_mean_ms")
@@ -103,62 +105,80 @@ def test_what_cannot_be_swept_is_refused(options: dict[str, Any], words: str) ->
         batch_size_search(experiment, **options)
 
 
-WORKLOAD = {"profile": "chat-short", "rate_rps": 40, "duration_s": 2.0, "warmup_s": 0.2, "max_drain_s": 0.3, "max_tokens": 200}
+WORKLOAD = {
+    "profile": "chat-short",
+    "rate_rps": 40,
+    "duration_s": 1.5,
+    "warmup_s": 0.2,
+    "max_drain_s": 0.3,
+    "max_tokens": 200,
+}
 
 
-def curve_of(path: Path, *options: str | Path) -> dict[str, Any]:
-    code, out, err = varcas("batch-size", path, *options, "--json").finish(140)
-    assert code == 0, err
-    found: dict[str, Any] = json.loads(out)
-    return found
-
-
-def store_of(path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(varcas("results", "--results", path, "--json").finish()[1])
-    return found
+@pytest.fixture(scope="module")
+def ray() -> Iterator[None]:
+    """One local Ray, which every curve here joins."""
+    with Pool(Hardware(gpu="cpu"), num_cpus=2):
+        yield
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_the_command_measures_a_curve_on_one_server_and_nothing_twice(tmp_path: Path, model_dir: Path) -> None:
+def test_a_curve_comes_from_one_server_and_nothing_is_measured_twice(
+    tmp_path: Path, model_dir: Path, ray: None
+) -> None:
     path = write_experiment(tmp_path, model_dir, "--itl-ms 4 --ttft-ms 4", workload=WORKLOAD,
                             study={"repeats": 1, "trials": 1}, space={}, baseline={})  # fmt: skip
-    curve = curve_of(path, "--values", "1,2,8", "--plot", tmp_path / "curve.svg")
-    assert [point["value"] for point in curve["points"]] == [1, 2, 8]
-    assert curve["starts"] == 1
-    assert all(point["measured_live"] for point in curve["points"])
-    tokens = [point["output_tokens_per_s"] for point in curve["points"]]
+    curve = batch_size_search(load_experiment(path), [1, 2, 8])
+    assert [point.value for point in curve.points] == [1, 2, 8]
+    assert curve.starts == 1
+    assert all(point.measured_live for point in curve.points)
+    tokens = [point.output_tokens_per_s or 0 for point in curve.points]
     assert tokens[0] * 1.5 < tokens[1]
     assert tokens[1] * 1.5 < tokens[2]
-    assert (curve["pick"], curve["knee"]) == (8, 8)
-    assert curve["points"][0]["deploy"] == {"max_num_seqs": 8, "max_num_active_seqs": 1}
-    assert curve["deploy"] == {"max_num_seqs": 8}
-    assert "scheduler-cls" not in curve["command"]
-    assert "<svg" in (tmp_path / "curve.svg").read_text()
+    assert (curve.pick, curve.knee) == (8, 8)
+    assert curve.points[0].deploy == {"max_num_seqs": 8, "max_num_active_seqs": 1}
+    assert curve.deploy == {"max_num_seqs": 8}
+    assert "scheduler-cls" not in (curve.command or "")
+    assert "<svg" in draw_curve(curve, tmp_path / "curve.svg").read_text()
 
-    again = curve_of(path, "--values", "1,2,4,8", "--confirm")
-    assert again["starts"] == 2  # one for the new value, one to confirm
-    assert [point["number"] for point in again["points"] if point["value"] != 4] == [
-        point["number"] for point in curve["points"]
-    ]
-    assert len(again["confirmed"]["values"]) == 1
-    rows = store_of(tmp_path / "results")
-    assert len({row["trial_id"] for row in rows}) == len(rows) == 5
-    assert [row["purpose"] for row in rows] == ["batch_size"] * 5
-    assert [row["measured_live"] for row in rows] == [True] * 4 + [False]
-    assert len({row["server_id"] for row in rows}) == 3
+    again = batch_size_search(load_experiment(path), [1, 2, 4, 8], confirm=True)
+    assert again.starts == 2  # one for the new value, one to confirm
+    old = [point.number for point in again.points if point.value != 4]
+    assert old == [point.number for point in curve.points]
+    assert again.confirmed is not None
+    assert len(again.confirmed.values) == 1
+    stored = Results(tmp_path / "results").trials()
+    assert len({row.trial_id for row in stored}) == len(stored) == 5
+    assert [row.purpose for row in stored] == ["batch_size"] * 5
+    assert [row.measured_live for row in stored] == [True] * 4 + [False]
+    assert len({row.server_id for row in stored}) == 3
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(200)
-def test_a_server_that_takes_no_limits_gets_a_start_for_each_value(tmp_path: Path, model_dir: Path) -> None:
+def test_a_server_that_takes_no_limits_gets_a_start_for_each_value(tmp_path: Path, model_dir: Path, ray: None) -> None:
     path = write_experiment(tmp_path, model_dir, "--itl-ms 4 --ttft-ms 4 --lacks-limits", workload=WORKLOAD,
                             space={}, baseline={})  # fmt: skip
-    curve = curve_of(path, "--values", "1,4")
-    assert curve["starts"] == 3
-    assert not any(point["measured_live"] for point in curve["points"])
-    assert curve["points"][1]["deploy"] == {"max_num_seqs": 4}
-    assert "its scheduler has no max_num_scheduled_tokens" in " ".join(curve["notes"])
+    curve = batch_size_search(load_experiment(path), [1, 4])
+    assert curve.starts == 3
+    assert not any(point.measured_live for point in curve.points)
+    assert curve.points[1].deploy == {"max_num_seqs": 4}
+    assert "its scheduler has no max_num_scheduled_tokens" in " ".join(curve.notes)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_what_vllm_refuses_and_what_fails_is_told_and_the_rest_is_measured(
+    tmp_path: Path, model_dir: Path, ray: None
+) -> None:
+    serve = {"enable_chunked_prefill": False, "max_model_len": 1024}
+    path = write_experiment(tmp_path, model_dir, workload=WORKLOAD, space={}, baseline={}, serve=serve)
+    curve = batch_size_search(load_experiment(path), [512, 1024, 2048], flag="max_num_batched_tokens")
+    assert [point.state for point in curve.points] == ["infeasible", "complete", "complete"]
+    assert "max_num_batched_tokens (512) is smaller than max_model_len" in (curve.points[0].failure or "")
+    assert curve.points[1].deploy["max_num_scheduled_tokens"] == 1024
+    assert curve.pick == 1024  # the scripted server is as fast with both: the smaller one
 
 
 def test_a_picture_needs_a_format(tmp_path: Path) -> None:

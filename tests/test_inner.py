@@ -27,8 +27,8 @@ def config(**flags: Any) -> ServingConfig:
 def test_limits_are_live_and_the_rest_is_the_servers() -> None:
     found = split(
         experiment(
-            "{max_num_seqs: {choices: [8, 2]}, dtype: {choices: [half]}, max_num_batched_tokens: {low: 512, high: 2048, "
-            "step: 512}}"
+            "{max_num_seqs: {choices: [8, 2]}, dtype: {choices: [half]}, max_num_batched_tokens: {low: 512, "
+            "high: 2048, step: 512}}"
         ),
         NEW,
     )
@@ -40,7 +40,10 @@ def test_limits_are_live_and_the_rest_is_the_servers() -> None:
 @pytest.mark.parametrize(
     ("space", "words"),
     [
-        ("{max_num_seqs: {choices: [1, 16]}, block_size: {choices: [16], when: {max_num_seqs: 16}}}", "block_size hangs"),
+        (
+            "{max_num_seqs: {choices: [1, 16]}, block_size: {choices: [16], when: {max_num_seqs: 16}}}",
+            "block_size hangs",
+        ),
         ("{max_num_seqs: {choices: [1, 16], when: {dtype: half}}, dtype: {choices: [half, float]}}", "`when` ties it"),
         ("{max_num_seqs: {choices: [1, null]}}", "not a list of positive integers"),
         ("{max_num_seqs: {low: 1, high: 256}}", "256 values"),

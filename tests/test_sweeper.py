@@ -307,3 +307,32 @@ def test_a_sweep_may_end_by_itself(tmp_path: Path) -> None:
     space = "space: {max_num_seqs: {choices: [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21]}}\n"
     answer = run(experiment(tmp_path, space, "{trials: 30, repeats: 0, stop: auto}"))
     assert "expected improvement" in answer.ended
+
+
+def test_a_sweep_may_look_for_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.by_capacity)
+    slo = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    answer = run(experiment(tmp_path, f"space: {{max_num_seqs: {{choices: [2, 4]}}}}\n{slo}", "{trials: 3, repeats: 1}"))
+    rows = Results(tmp_path / "results").trials()
+    own, aside = ([row for row in rows if (row.purpose == "capacity") == is_aside] for is_aside in (False, True))
+    assert answer.winner.values == [pytest.approx(40, rel=0.05)]
+    found = {row.params_json: row.capacity_rps for row in own if row.purpose == "search"}
+    assert found == {
+        '{"max_num_seqs": 2}': pytest.approx(20, rel=0.05),
+        '{"max_num_seqs": 4}': pytest.approx(40, rel=0.05),
+    }
+    assert all(row.slo_met and row.rate_rps <= row.capacity_rps for row in own)
+    assert {row.server_id for row in aside} == {row.server_id for row in own}
+    assert all(row.capacity_rps is None for row in aside)
+    assert len({row.trial_id for row in rows}) == len({row.number for row in rows}) == len(rows)
+    assert answer.counts == {"complete": 3}
+
+
+def test_a_capacity_needs_a_rate_that_can_be_raised(tmp_path: Path) -> None:
+    extra = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    closed = "workload: {profile: chat-short, arrival: {kind: closed, users: 2}}"
+    text = experiment(tmp_path, SPACE + extra).model_copy(
+        update={"workload": parse_experiment(f"name: t\nmodel: m\n{closed}\n").workload}
+    )
+    with pytest.raises(InputError, match="closed: has no single rate"):
+        run(text)

@@ -31,7 +31,7 @@ from varcas.pool import Finished, Pool
 from varcas.pruner import VLLM_REFUSES
 from varcas.records import TrialRow
 from varcas.report import usable, value
-from varcas.space import ServingConfig
+from varcas.space import ServingConfig, Space
 from varcas.starts import HOPELESS, POLL_S, Event, Job, Starts, check, located
 from varcas.store import Store
 from varcas.study import Proposal
@@ -39,6 +39,10 @@ from varcas.trial import Listed, Series, Step, cold_step, run_series
 
 RESOLUTION = 0.03
 """Two values closer than this are equal: live and fresh servers differ by as much (docs/batch_size.md)."""
+KNEE_METHOD = (
+    "smallest value whose tokens/s the best beats by no more than the 95 % interval of their ratio, "
+    f"or {RESOLUTION:.0%}"
+)
 MAX_STARTS_LOST = 3
 """Starts without a new measurement before the rest is given up."""
 DEFAULT_VALUES: dict[str, tuple[int, ...]] = {
@@ -95,9 +99,7 @@ class BatchSizeCurve(BaseModel):
     slo: dict[str, float]
     points: list[Point]
     knee: int | None
-    knee_method: str = (
-        f"smallest value whose tokens/s the best beats by no more than the 95 % interval of their ratio, or {RESOLUTION:.0%}"
-    )
+    knee_method: str = KNEE_METHOD
     pick: int | None = Field(description="by objective and SLO; None: nothing that was measured meets the SLO")
     pick_value: float | None = Field(description="of the objective")
     pick_lo: float | None = Field(description="lower end of its 95 % interval within the start")
@@ -170,7 +172,9 @@ def _values(experiment: Experiment, values: Sequence[int], flag: str) -> tuple[i
         InputError: one is no positive integer, or the flag is none of the two.
     """
     if flag not in DEFAULT_VALUES:
-        raise InputError(f"--flag: {flag!r}: cannot be swept on a running server. Allowed: {', '.join(DEFAULT_VALUES)}.")
+        raise InputError(
+            f"--flag: {flag!r}: cannot be swept on a running server. Allowed: {', '.join(DEFAULT_VALUES)}."
+        )
     entry = experiment.space.get(flag)
     listed = entry.choices if isinstance(entry, Choices) else ()
     own = [choice for choice in listed if isinstance(choice, int) and not isinstance(choice, bool)]
@@ -195,7 +199,7 @@ class Curve(Starts):
     purpose: Literal["batch_size"] = "batch_size"
 
     def __init__(
-        self, experiment: Experiment, space: Any, store: Store, pool: Pool, on_event: Callable[[Event], None],
+        self, experiment: Experiment, space: Space, store: Store, pool: Pool, on_event: Callable[[Event], None],
         stopping: threading.Event, node: Callable[..., Any], run: Work, flag: str, values: tuple[int, ...],
     ) -> None:  # fmt: skip
         super().__init__(experiment, space, store, pool, on_event, stopping, node)
@@ -204,6 +208,8 @@ class Curve(Starts):
         self._base = ServingConfig(experiment.model, experiment.revision, flags)
         self._found: dict[int, TrialRow] = {}
         self._fresh_rows: list[TrialRow] = []
+        self._values_of: Mapping[str, int] = {}
+        self._series_done = Series(())
         self._notes: list[str] = []
         self._num_starts = 0
 
@@ -401,7 +407,11 @@ class Curve(Starts):
         rows = dict(sorted(self._found.items()))
         if not any(row.state == "complete" for row in rows.values()):
             last = next(iter(reversed(rows.values())), None)
-            why = f"{last.failure_kind}: {last.failure_detail}. Fix: {last.failure_hint}" if last else "no start came back"
+            why = (
+                f"{last.failure_kind}: {last.failure_detail}. Fix: {last.failure_hint}"
+                if last
+                else "no start came back"
+            )
             raise VarcasError(f"no value of {self._flag} could be measured: {why}.")
         chosen, objective = self._pick(), self.experiment.objectives[0]
         lo, hi = interval_of(chosen, objective.metric) if chosen else (None, None)

@@ -7,7 +7,7 @@ lower one must hold with other arrivals and lengths too. A load that is lost for
 From all loads together: each limit is a ratio of sums over requests, the share of requests (of gaps, for ITL) beyond
 the limit against what the percentile allows, or the mean over the limit. Load makes it no smaller, so the ratios are
 made to rise with the rate by isotonic regression (Barlow, Bartholomew, Bremner and Brunk 1972, *Statistical Inference
-under Order Restrictions*, 1.2: pool adjacent violators), and the capacity is where the first of them crosses, between
+under Order Restrictions*), and the capacity is where the first of them crosses, between
 two rates that were measured. Its 95 % interval is the percentile bootstrap over blocks of requests, as long as these
 resemble their neighbours (Künsch 1989, *The jackknife and the bootstrap for general stationary observations*), the
 same for all rates: it holds for this start, and other starts differ by 2-4 %.
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.columns import Floats, Measured
@@ -37,7 +38,7 @@ from varcas.metrics import constraints_of, latencies
 from varcas.pool import Finished, Pool
 from varcas.records import PERMILLE, TrialRow, split_key
 from varcas.saturation import filling
-from varcas.space import ServingConfig
+from varcas.space import ServingConfig, Space
 from varcas.starts import POLL_S, Event, Job, Starts, check, located
 from varcas.store import Store
 from varcas.study import Proposal
@@ -65,13 +66,14 @@ class Judged:
     Attributes:
         rate_rps: asked for.
         met: it holds.
-        cliff: it was given up, or overran the server.
+        cliff: why it was given up (the SLO key that was lost), or `saturation` of a server that was overrun; None: it
+            was measured whole and tells its shares.
         parts: SLO key to what each request adds to the numerator and the denominator of its ratio; 1 is the limit.
     """
 
     rate_rps: float
     met: bool
-    cliff: bool
+    cliff: str | None
     parts: Mapping[str, tuple[Floats, Floats]]
 
 
@@ -80,11 +82,18 @@ def judged(done: Done, slo: Mapping[str, float]) -> Judged:
     rate, outcome = done.step.workload.rate_rps or 0.0, done.outcome
     load = outcome.load
     if load is None or not load.records or outcome.state != "complete":
-        return Judged(rate, False, True, {})
+        return Judged(rate, False, _lost(done), {})
     measured = Measured.of_load(load)
     saturated = filling(measured, outcome.samples, arrival=done.step.workload.arrives.kind).saturated
     met = bool(constraints_of(measured, slo)["slo_met"]) and not saturated
-    return Judged(rate, met, saturated, {key: _parts(measured, key, limit) for key, limit in slo.items()})
+    parts = {key: _parts(measured, key, limit) for key, limit in slo.items()}
+    return Judged(rate, met, "saturation" if saturated else None, parts)
+
+
+def _lost(done: Done) -> str:
+    """What a load that was cut short was lost by."""
+    stop, kind = done.outcome.early_stop, done.outcome.failure_kind
+    return max(stop.bounds, key=lambda key: stop.bounds[key]) if stop and stop.bounds else kind or "no answer"
 
 
 def _parts(measured: Measured, key: str, limit: float) -> tuple[Floats, Floats]:
@@ -162,7 +171,7 @@ def next_rate(loads: Sequence[Judged], first_rps: float, precision: float = PREC
         return 2 * (found.met_rps or first_rps)
     if found.met_rps is None:
         lower = found.missed_rps / 2
-        return lower if lower * 2**FEWEST_DOUBLINGS >= first_rps else None
+        return lower if lower * 2**FEWEST_DOUBLINGS > first_rps else None
     if found.missed_rps <= found.met_rps * (1 + precision):
         return found.met_rps if found.loads_at_met < 2 else None
     return float(f"{math.sqrt(found.met_rps * found.missed_rps):.4g}")
@@ -225,7 +234,7 @@ class Estimate:
         rps: None when no rate holds.
         lo: lower end of its 95 % interval within the start; None as `rps`.
         hi: upper end; None when every rate holds, so that nothing bounds it.
-        limited_by: the SLO key that is crossed first, or `saturation`; None when none is.
+        limited_by: the SLO key that is crossed first, `saturation`, or a failure's kind; None when none is.
     """
 
     rps: float | None
@@ -239,75 +248,61 @@ def estimate(loads: Sequence[Judged], seed: int = 0) -> Estimate:
     found = bracket(loads)
     if found.met_rps is None:
         return Estimate(None, None, None, None)
-    rates = sorted(_by_rate(loads))
-    rps, limited_by = _crossing(rates, _curves(loads, rates), found)
-    rng, sizes = np.random.default_rng(seed), [_block_size(load) for load in loads]
-    drawn = [_crossing(rates, _curves(_resampled(loads, sizes, rng), rates), None)[0] for _ in range(RESAMPLES)]
+    rates = np.array(sorted(_by_rate(loads)))
+    plain, limits = _crossings(loads, rates, None)
+    rps = max(float(plain[0]), found.met_rps)
+    rps = rps if found.missed_rps is None else min(rps, found.missed_rps)
+    drawn, _ = _crossings(loads, rates, np.random.default_rng(seed))
     lo, hi = (float(end) for end in np.quantile(drawn, [0.025, 0.975]))
-    return Estimate(rps, min(lo, rps), max(hi, rps) if found.missed_rps is not None else None, limited_by)
+    given_up = next((load.cliff for load in loads if load.cliff and load.rate_rps == found.missed_rps), None)
+    limited_by = None if found.missed_rps is None else given_up or limits[0]
+    return Estimate(rps, min(lo, rps), None if found.missed_rps is None else max(hi, rps), limited_by)
 
 
-def _curves(loads: Sequence[Judged], rates: Sequence[float]) -> dict[str, tuple[Floats, Floats]]:
-    """SLO key to its ratio at each rate and that ratio's weight; a cliff has one that is far too large."""
-    by_rate = _by_rate(loads)
-    keys = sorted({key for load in loads for key in load.parts}) or ["saturation"]
-    curves = {}
-    for key in keys:
-        ratios, weights = [], []
-        for rate in rates:
-            parts = [load.parts[key] for load in by_rate[rate] if key in load.parts]
-            ratio, weight = _ratio(parts), sum(float(den.sum()) for _, den in parts)
-            is_cliff = any(load.cliff for load in by_rate[rate])
-            ratios.append(max(ratio, 1 + CLIFF) if is_cliff else ratio)
-            weights.append(max(weight, 1.0))
-        curves[key] = (np.array(ratios), np.array(weights))
-    return curves
+def _crossings(loads: Sequence[Judged], rates: Floats, rng: np.random.Generator | None) -> tuple[Floats, list[str]]:
+    """Where the first limit's fitted ratio passes 1, and which it is: as measured, or `RESAMPLES` times drawn anew."""
+    keys = sorted({key for load in loads for key in load.parts})
+    if not keys:
+        return rates[:1], [""]
+    sums = [_sums(load, keys, rng) for load in loads]  # each: key, numerator or denominator, draw
+    at = np.array([[crossing(rates, isotonic(*_curve(loads, sums, rates, k))) for k in range(len(keys))]])[0]
+    first = at.argmin(axis=0)
+    return at.min(axis=0), [keys[k] for k in first]
 
 
-def _crossing(
-    rates: Sequence[float], curves: Mapping[str, tuple[Floats, Floats]], found: Bracket | None
-) -> tuple[float, str | None]:
-    """Where the first of the curves crosses 1, and which; inside of the bracket where one is given."""
-    crossed = {key: crossing(rates, isotonic(*curve)) for key, curve in curves.items()}
-    rate, key = min((rate, key) for key, rate in crossed.items())
-    limited_by = key if rate < rates[-1] else None
-    if found is not None and found.met_rps is not None:
-        rate = max(rate, found.met_rps)
-        rate = rate if found.missed_rps is None else min(rate, found.missed_rps)
-    return rate, limited_by
+def _curve(loads: Sequence[Judged], sums: Sequence[Floats], rates: Floats, key: int) -> tuple[Floats, Floats]:
+    """A limit's ratio at each rate and the ratio's weight, by draw; a cliff has one that is far too large."""
+    ratios, weights = [], []
+    for rate in rates:
+        same = [index for index, load in enumerate(loads) if load.rate_rps == rate]
+        num, den = sum(sums[i][key, 0] for i in same), np.maximum(sum(sums[i][key, 1] for i in same), 1.0)
+        on_cliff = any(loads[i].cliff is not None for i in same)
+        ratios.append(np.maximum(num / den, 1 + CLIFF) if on_cliff else num / den)
+        weights.append(den)
+    return np.stack(ratios, axis=-1), np.stack(weights, axis=-1)
 
 
-def crossing(rates: Sequence[float], ratios: Floats) -> float:
-    """The rate at which rising ratios pass 1, linear in between; the first or last rate when they never do."""
-    above = np.flatnonzero(ratios > 1)
-    if not len(above):
-        return float(rates[-1])
-    i = int(above[0])
-    if i == 0:
-        return float(rates[0])
-    share = (1 - ratios[i - 1]) / (ratios[i] - ratios[i - 1])
-    return float(rates[i - 1] + share * (rates[i] - rates[i - 1]))
+def _sums(load: Judged, keys: Sequence[str], rng: np.random.Generator | None) -> Floats:
+    """Sums of a load's numerators and denominators, by key and draw."""
+    draws = 1 if rng is None else RESAMPLES
+    found = np.zeros((len(keys), 2, draws))
+    size = _block_size(load)
+    for k, key in enumerate(keys):
+        for row, values in enumerate(load.parts.get(key, ())):
+            if rng is None or not len(values):
+                found[k, row] = values.sum()
+                continue
+            if row == 0:
+                places = _blocks(len(values), size, rng)
+            found[k, row] = values[places].sum(axis=1)
+    return found
 
 
-def isotonic(values: Floats, weights: Floats) -> Floats:
-    """The rising sequence that is closest to values in weighted squares: pool adjacent violators."""
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(values, weights, strict=True):
-        mean, total, length = float(value), float(weight), 1
-        while blocks and blocks[-1][0] >= mean:
-            before, heavy, long = blocks.pop()
-            mean = (before * heavy + mean * total) / (heavy + total)
-            total, length = heavy + total, long + length
-        blocks.append((mean, total, length))
-    return np.concatenate([np.full(length, mean) for mean, _, length in blocks])
-
-
-def _resampled(loads: Sequence[Judged], sizes: Sequence[int], rng: np.random.Generator) -> list[Judged]:
-    """Each load with blocks of its requests drawn anew."""
-    return [
-        Judged(load.rate_rps, load.met, load.cliff, _blocks(load.parts, size, rng))
-        for load, size in zip(loads, sizes, strict=True)
-    ]
+def _blocks(n: int, size: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """`RESAMPLES` times `n` places, in blocks drawn from a circle of as many."""
+    size = min(size, n)
+    starts = rng.integers(0, n, (RESAMPLES, -(-n // size), 1))
+    return ((starts + np.arange(size)) % n).reshape(RESAMPLES, -1)[:, :n]
 
 
 def _block_size(load: Judged) -> int:
@@ -316,19 +311,31 @@ def _block_size(load: Judged) -> int:
     return max(1, math.ceil(max(times, default=1.0)))
 
 
-def _blocks(
-    parts: Mapping[str, tuple[Floats, Floats]], size: int, rng: np.random.Generator
-) -> dict[str, tuple[Floats, Floats]]:
-    """Draws blocks from a circle of the requests; a limit that counts fewer of them has its own."""
-    drawn = {}
-    for key, (num, den) in parts.items():
-        n = len(num)
-        if n:
-            starts = rng.integers(0, n, -(-n // size))
-            places = ((starts[:, None] + np.arange(min(size, n))) % n).ravel()[:n]
-            num, den = num[places], den[places]
-        drawn[key] = (num, den)
-    return drawn
+def crossing(rates: Floats, ratios: Floats) -> Floats:
+    """Where rising ratios (by draw and rate) pass 1, linear in between; the first or last rate when they never do."""
+    above = ratios > 1
+    k = np.where(above.any(axis=-1), above.argmax(axis=-1), len(rates) - 1)
+    before = np.maximum(k - 1, 0)
+    low, high = (np.take_along_axis(ratios, at[..., None], axis=-1)[..., 0] for at in (before, k))
+    share = np.clip((1 - low) / np.where(high > low, high - low, 1.0), 0.0, 1.0)
+    inside = above.any(axis=-1) & (k > 0)
+    return np.asarray(np.where(inside, rates[before] + share * (rates[k] - rates[before]), rates[k]))
+
+
+def isotonic(values: Floats, weights: Floats) -> Floats:
+    """The rising sequence along the last axis that is closest to values in weighted squares.
+
+    By the max-min formula (Barlow et al. 1972, theorem 1.4): the largest over i <= k of the smallest over j >= k of the
+    weighted mean from i to j.
+    """
+    n = values.shape[-1]
+    zero = np.zeros((*values.shape[:-1], 1))
+    sums, total = (np.concatenate([zero, np.cumsum(x, axis=-1)], axis=-1) for x in (values * weights, weights))
+    spans = total[..., None, 1:] - total[..., :-1, None]
+    means = (sums[..., None, 1:] - sums[..., :-1, None]) / np.where(spans > 0, spans, 1.0)
+    upward = np.triu(np.ones((n, n), dtype=np.bool_))  # j >= i
+    least = np.minimum.accumulate(np.where(upward, means, np.inf)[..., ::-1], axis=-1)[..., ::-1]
+    return np.asarray(np.where(upward, least, -np.inf).max(axis=-2))
 
 
 class CapacityPoint(BaseModel):
@@ -433,7 +440,7 @@ class CapacitySearch(Starts):
     purpose: Literal["capacity"] = "capacity"
 
     def __init__(
-        self, experiment: Experiment, space: Any, store: Store, pool: Pool, on_event: Callable[[Event], None],
+        self, experiment: Experiment, space: Space, store: Store, pool: Pool, on_event: Callable[[Event], None],
         stopping: threading.Event, node: Callable[..., Any], run: Work,
     ) -> None:  # fmt: skip
         super().__init__(experiment, space, store, pool, on_event, stopping, node)
@@ -486,7 +493,9 @@ class CapacitySearch(Starts):
             VarcasError: nothing was.
         """
         e = self.experiment
-        loaded = [(row, done) for row, done in self._measured if done.outcome.load is not None and not done.step.discarded]
+        loaded = [
+            (row, done) for row, done in self._measured if done.outcome.load is not None and not done.step.discarded
+        ]
         if not loaded:
             raise VarcasError(self._why_nothing())
         loads = [judged(done, e.slo) for _, done in loaded]

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import altair as alt
 import vl_convert
 
-from varcas.batch_size import BatchSizeCurve, Point as CurvePoint
+from varcas.batch_size import BatchSizeCurve
+from varcas.batch_size import Point as CurvePoint
 from varcas.errors import InputError
 from varcas.gpus import GIB
 from varcas.limits_answer import Cell, GpuRoofline, MeasuredPoint, MemoryOf, Point, Roofline
@@ -513,7 +514,7 @@ def _curve_panel(rows: Rows, x: alt.X, field: str, title: str) -> Any:
     y = alt.Y(field, title=title, scale=alt.Scale(zero=True))
     line = _chart(rows).mark_line(color="#555555").encode(x=x, y=y)
     marks = _chart(rows).mark_point(size=70, color="black").encode(
-        x=x, y=y, tooltip=_tips("value", "tokens_per_s", "tpot_ms", "words"),
+        x=x, y=y, tooltip=_tips("value:Q", "tokens_per_s:Q", "tpot_ms:Q", "words:N"),
         fill=alt.Fill("slo:N", scale=alt.Scale(domain=["met", "missed"], range=["black", "white"]), legend=None),
     )  # fmt: skip
     return alt.layer(line, marks)

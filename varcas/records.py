@@ -315,7 +315,7 @@ class TrialRow(BaseModel):
     purpose: Purpose = Field(
         description="why it was run: `baseline`, `search`, `audit` (the rules rule it out: run to test them), "
         "`confirm`, `ablate` (a flag of the winner put back, named by `arm`), `load` of an endpoint that ran already, "
-        "`batch_size` or `capacity` (a point of that command's curve)"
+        "`batch_size` or `capacity` (a point of such a curve)"
     )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")

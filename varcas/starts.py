@@ -37,6 +37,7 @@ POLL_S = 0.25
 HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
 """Failures that no flag changes: a sweep whose baseline has one ends, and tries it again when resumed."""
 
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What the sweep is about to spend."""
@@ -386,9 +387,9 @@ class Starts:
         return hashlib.sha256(f"{self._trial_id(job)}:{job.number}".encode()).hexdigest()[:16]
 
     def _measured_before(self, job: Job, beside: Sequence[TrialRow] = ()) -> int:
-        """How often the same was measured for the same purpose."""
-        key = self._trial_key(job)
-        return sum(row.trial_key == key and row.purpose == job.purpose for row in (*self._rows, *beside))
+        """How often the same was measured for the same purpose, by the store and rows that are not in it yet."""
+        key, stored = self._trial_key(job), self.store.rows(self.experiment.name)
+        return sum(row.trial_key == key and row.purpose == job.purpose for row in (*stored, *beside))
 
     def _row(self, job: Job, **columns: Any) -> TrialRow:
         e, config = self.experiment, job.proposal.config
@@ -484,5 +485,3 @@ def _changes(key: str, old: Any, new: Any) -> str:
 def _staged_s(times: StageTimes) -> float:
     started_s = times.fetch_s + times.cooldown_s + times.server_start_s
     return started_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
-
-

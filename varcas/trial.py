@@ -239,9 +239,7 @@ class _Start:
             self._keep(step, state, error)
             return
         last = self._done[-1]
-        outcome = dataclasses.replace(
-            last.outcome, state=state, failure_kind=error.kind, failure_detail=error.detail
-        )
+        outcome = dataclasses.replace(last.outcome, state=state, failure_kind=error.kind, failure_detail=error.detail)
         self._done[-1] = dataclasses.replace(last, outcome=outcome)
 
     def _keep(self, step: Step, state: State = "complete", error: TrialError | None = None) -> None:

@@ -663,7 +663,9 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-num-active-seqs", type=int, help="fewer of them")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="echoed, and of no effect")
     parser.add_argument("--scheduler-cls", help="a module's class or factory; of the module `Limiter` is used")
-    parser.add_argument("--lacks-limits", action="store_true", help="as a scheduler of another vLLM, which has other names")
+    parser.add_argument(
+        "--lacks-limits", action="store_true", help="as a scheduler of another vLLM, which has other names"
+    )
     parser.add_argument("--version", default="0.32.0")
     parser.add_argument("--num-gpu-blocks", type=int, default=100, help="of 16 tokens, for the KV-cache gauge")
     parser.add_argument("--ttft-ms", type=float, default=20.0, help="from the slot to the first token")

@@ -27,7 +27,7 @@ _WORDS = struct.Struct("<II300s")
 UNKNOWN, LIVE, REFUSED = range(3)
 SCHEDULED = "max_num_scheduled_tokens"
 ADMITTED = ("max_num_active_reqs", "max_num_running_reqs")
-"""What limits admission: vLLM 0.32 has the first, beside the second, which there is the number of the runner's slots."""
+"""What limits admission: vLLM 0.32 has the first, beside the second, which there counts the runner's slots."""
 
 
 class LiveFile:

@@ -1,4 +1,4 @@
-"""The owner's side of `live_scheduler.py`: a running server's limits are asked for, and believed once it echoes them."""
+"""The owner's side of `live_scheduler.py`: a running server is asked for limits, and believed once it echoes them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from varcas.engine.live_scheduler import LIVE, VARIABLE, LiveFile
 from varcas.inner import Limits
 
 MODULE = "varcas_live_scheduler"
-"""What the copy is called: in its own directory `live_scheduler.py` has a `vllm.py` beside it, which would hide vLLM."""
+"""What the copy is called; beside the file itself lies a `vllm.py`, which would hide vLLM."""
 ARGV = ("--scheduler-cls", f"{MODULE}.make")
 ECHO_S = 20.0
 POLL_S = 0.1
