@@ -23,7 +23,7 @@ FLOOR = 0.02
 """A figure below this share of the best counts as this share: logarithms have no zero."""
 LEAST_EXCESS = 0.02
 """A limit that is met fifty times over is as good as met: of value / limit."""
-NUM_LEARNT = 100
+NUM_LEARNT = 60
 """Measured configurations that the surrogate sees: the latest half, and the best of the others."""
 SMALL = 0.5
 """Share of the noise between starts below which an expected improvement is small."""

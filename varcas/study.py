@@ -78,7 +78,7 @@ LISTED = 10_000
 """Finite spaces of which this much is left are listed to find what is untried; of larger ones random draws are seen."""
 DRAWN = 128
 """Random draws of those, each of which the rules judge."""
-NUM_CANDIDATES = 1_000
+NUM_CANDIDATES = 500
 """Untried configurations that it looks at, at random."""
 NUM_STARTUP = 5
 """Proposals before TPE takes over: at most `NUM_ORDERED` that the estimates put first, the rest random. The baseline
