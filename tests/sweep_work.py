@@ -110,3 +110,25 @@ def by_capacity(task: TrialTask, cancelled: threading.Event, *, plan: Plan) -> S
             found = replace(found, load=replace(found.load, records=late))
         done.append(Done(step, found))
     return Series(tuple(done))
+
+
+class LiveNode(EasyNode):
+    """A node whose vLLM can change its limits while it runs."""
+
+    def flag_names(self) -> list[str]:
+        return ["max_num_seqs", "max_num_active_seqs", "max_num_scheduled_tokens", "scheduler_cls", "kind"]
+
+
+def live_series(task: TrialTask, cancelled: threading.Event, *, plan: Plan) -> Series:
+    """Throughput grows with the limit in force; a server whose largest limit is 16 does not start with kind b."""
+    done: list[Done] = []
+    while step := plan.next(tuple(done)):
+        flags = step.config.flags
+        if flags.get("kind") == "b":
+            gone = outcome(
+                1, state="failed", load=None, failure_kind="out_of_memory", failure_detail="CUDA out of memory"
+            )
+            return Series((Done(step, gone),))
+        seqs = int(str(flags.get("max_num_active_seqs", flags.get("max_num_seqs"))))
+        done.append(Done(step, replace(outcome(100 + 10 * seqs), live=step.limits is not None)))
+    return Series(tuple(done))

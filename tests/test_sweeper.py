@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
@@ -338,3 +339,25 @@ def test_a_capacity_needs_a_rate_that_can_be_raised(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="closed: has no single rate"):
         run(text)
+
+
+def test_several_limits_are_measured_on_one_server_and_a_start_that_fails_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.live_series)
+    space = "space: {max_num_seqs: {choices: [2, 4, 8, 12]}, kind: {choices: [a, b]}}\nbaseline: {max_num_seqs: 1}\n"
+    answer = run(experiment(tmp_path, space, "{trials: 6, repeats: 3}"), node=sweep_work.LiveNode)
+    rows = Results(tmp_path / "results").trials()
+    live = [row for row in rows if row.measured_live and row.purpose == "search"]
+    assert len({row.server_id for row in live}) < len(live)
+    by_params = {row.params_json: row for row in live}
+    assert len(by_params) == len(live)
+    for row in live:
+        seqs = json.loads(row.params_json)["max_num_seqs"]
+        assert row.output_tokens_per_s == pytest.approx(100 + 10 * seqs, rel=0.06)
+    failed = [row for row in rows if row.state == "failed"]
+    assert 1 <= len(failed) <= 3  # the third when nothing else is left
+    assert all(json.loads(row.params_json).get("kind", "b") == "b" for row in failed)
+    assert answer.verdict == "better"
+    assert answer.winner.values == [pytest.approx(220.0)] * 3
+    assert len({row.trial_id for row in rows}) == len({row.number for row in rows}) == len(rows)
