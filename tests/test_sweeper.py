@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import threading
@@ -15,11 +16,13 @@ import pytest
 
 from tests import sweep_work
 from tests.sweep_work import outcome
+from varcas.budget import Budget
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
 from varcas.results import Results, trial_text
-from varcas.sweeper import Event, outcome_columns, sweep
+from varcas.starts import Event, outcome_columns
+from varcas.sweeper import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
@@ -81,7 +84,7 @@ def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tm
 def test_a_budget_ends_a_sweep_in_its_confirmation_too(tmp_path: Path) -> None:
     run(experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}"))
     began_s = time.monotonic()
-    answer = run(experiment(tmp_path, SPACE), budget_s=1.0)
+    answer = run(experiment(tmp_path, SPACE), budget=Budget(wall_s=1.0))
     assert time.monotonic() - began_s < 60
     assert answer.verdict == "unconfirmed"
     assert "budget" in answer.ended
@@ -268,3 +271,93 @@ def test_the_baseline_is_started_whatever_the_rules_say(tmp_path: Path) -> None:
     answer, events = on_t4(experiment(other, text, study))
     assert f"rule {RULE} is wrong" in said(events)
     assert any(RULE in warning for warning in answer.warnings)
+
+
+MORE = "space: {max_num_seqs: {choices: [2, 4]}, tensor_parallel_size: {choices: [1, 2]}}\n"
+
+
+def test_another_study_of_the_same_conditions_counts_at_once(tmp_path: Path) -> None:
+    first = experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}")
+    run(first)
+    second = first.model_copy(update={"name": "u"})
+    notes: list[str] = []
+    run(second, on_event=lambda event: notes.append(event.text))
+    rows = Results(tmp_path / "results").trials("u")
+    copies = {row.params_json: row for row in rows if row.warm_from}
+    assert set(copies) == {'{"max_num_seqs": 2}', '{"max_num_seqs": 4}', '{"max_num_seqs": 16}'}
+    assert copies['{"max_num_seqs": 16}'].failure_kind == "out_of_memory"
+    started = [row for row in rows if not row.warm_from and row.state != "infeasible"]
+    assert [row.purpose for row in started] == ["baseline"]
+    assert any("measured under the same conditions" in note for note in notes)
+    cold = second.model_copy(update={"name": "v", "study": second.study.model_copy(update={"warm_start": False})})
+    run(cold)
+    assert not any(row.warm_from for row in Results(tmp_path / "results").trials("v"))
+
+
+def test_a_winner_of_two_flags_is_ablated(tmp_path: Path) -> None:
+    answer = run(experiment(tmp_path, MORE + TWO_GPUS, "{trials: 9, repeats: 3, sampler: grid}"))
+    assert answer.verdict == "better"
+    rows = Results(tmp_path / "results").trials()
+    if len(answer.changes) + len(answer.dropped) > 1:
+        assert {row.arm for row in rows if row.purpose == "ablate"} >= {"max_num_seqs", "tensor_parallel_size"}
+    assert answer.deploy["max_num_seqs"] == 4
+    assert answer.deploy.get("tensor_parallel_size") is None
+
+
+def test_a_sweep_may_end_by_itself(tmp_path: Path) -> None:
+    space = "space: {max_num_seqs: {choices: [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21]}}\n"
+    answer = run(experiment(tmp_path, space, "{trials: 30, repeats: 0, stop: auto}"))
+    assert "expected improvement" in answer.ended
+
+
+def test_a_sweep_may_look_for_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.by_capacity)
+    slo = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    answer = run(
+        experiment(tmp_path, f"space: {{max_num_seqs: {{choices: [2, 4]}}}}\n{slo}", "{trials: 3, repeats: 1}")
+    )
+    rows = Results(tmp_path / "results").trials()
+    own, aside = ([row for row in rows if (row.purpose == "capacity") == is_aside] for is_aside in (False, True))
+    assert answer.winner.values == [pytest.approx(40, rel=0.05)]
+    found = {row.params_json: row.capacity_rps for row in own if row.purpose == "search"}
+    assert found == {
+        '{"max_num_seqs": 2}': pytest.approx(20, rel=0.05),
+        '{"max_num_seqs": 4}': pytest.approx(40, rel=0.05),
+    }
+    assert all(row.slo_met and row.rate_rps <= row.capacity_rps for row in own)
+    assert {row.server_id for row in aside} == {row.server_id for row in own}
+    assert all(row.capacity_rps is None for row in aside)
+    assert len({row.trial_id for row in rows}) == len({row.number for row in rows}) == len(rows)
+    assert answer.counts == {"complete": 3}
+
+
+def test_a_capacity_needs_a_rate_that_can_be_raised(tmp_path: Path) -> None:
+    extra = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    closed = "workload: {profile: chat-short, arrival: {kind: closed, users: 2}}"
+    text = experiment(tmp_path, SPACE + extra).model_copy(
+        update={"workload": parse_experiment(f"name: t\nmodel: m\n{closed}\n").workload}
+    )
+    with pytest.raises(InputError, match="closed: has no single rate"):
+        run(text)
+
+
+def test_several_limits_are_measured_on_one_server_and_a_start_that_fails_is_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.live_series)
+    space = "space: {max_num_seqs: {choices: [2, 4, 8, 12]}, kind: {choices: [a, b]}}\nbaseline: {max_num_seqs: 1}\n"
+    answer = run(experiment(tmp_path, space, "{trials: 6, repeats: 3}"), node=sweep_work.LiveNode)
+    rows = Results(tmp_path / "results").trials()
+    live = [row for row in rows if row.measured_live and row.purpose == "search"]
+    assert len({row.server_id for row in live}) < len(live)
+    by_params = {row.params_json: row for row in live}
+    assert len(by_params) == len(live)
+    for row in live:
+        seqs = json.loads(row.params_json)["max_num_seqs"]
+        assert row.output_tokens_per_s == pytest.approx(100 + 10 * seqs, rel=0.06)
+    failed = [row for row in rows if row.state == "failed"]
+    assert 1 <= len(failed) <= 3  # the third when nothing else is left
+    assert all(json.loads(row.params_json).get("kind", "b") == "b" for row in failed)
+    assert answer.verdict == "better"
+    assert answer.winner.values == [pytest.approx(220.0)] * 3
+    assert len({row.trial_id for row in rows}) == len({row.number for row in rows}) == len(rows)

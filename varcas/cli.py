@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -23,6 +22,7 @@ import typer
 from pydantic import BaseModel
 
 from varcas import __version__
+from varcas.budget import parse_budget, parse_duration
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
 from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
 
@@ -84,13 +84,19 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="wall time to spend, confirmation included: 30m, 2h, 900s")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="to spend, confirmation included: wall time (30m, 2h), GPU hours (2gpuh), money (5usd)"),
+    ] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")
     ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")
     ] = None,
+    no_warm_start: Annotated[
+        bool, typer.Option("--no-warm-start", help="leave out what other studies in the store measured")
+    ] = False,
     results: ResultsOpt = None,
     as_json: Json = False,
 ) -> None:
@@ -103,15 +109,16 @@ def sweep(
     from varcas.report import as_text
     from varcas.sweeper import sweep as run_sweep
 
-    budget_s = None if budget is None else parse_duration(budget)
-    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
+    limits = None if budget is None else parse_budget(budget)
+    warm_start = False if no_warm_start else None
+    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats, warm_start=warm_start)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
         try:
             answer = run_sweep(
                 loaded,
                 address=address,
-                budget_s=budget_s,
+                budget=limits,
                 on_event=progress,
                 stopping=stopping,
             )
@@ -124,6 +131,93 @@ def sweep(
     looks = [_command(*words, *place) for words in (["results"], ["show", "N"], ["dashboard"])]
     print("\n  ".join([f"results: {loaded.results}", *looks]), file=sys.stderr)
     if not answer.has_answer:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command("batch-size")
+def batch_size(
+    experiment: ExperimentArg,
+    values: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="to measure [default: the space's, else powers of two]")
+    ] = None,
+    flag: Annotated[str, typer.Option(help="max_num_seqs or max_num_batched_tokens")] = "max_num_seqs",
+    fresh: Annotated[bool, typer.Option("--fresh", help="a server of its own for each value")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the curve: .svg, .png or .html")] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Measures the baseline with each batch size, on one server where its vLLM allows it; knee, pick and plot.
+
+    What is measured already is not measured again.
+
+    Example: `varcas batch-size experiments/quickstart.yaml --values 1,2,4,8 --json`
+    """
+    from varcas.batch_size import batch_size_search
+    from varcas.live import Progress, curve_text
+
+    loaded = _with(load_experiment(experiment), results=results, trials=None, repeats=None)
+    stopping = threading.Event()
+    with _signals(stopping), Progress() as progress:
+        try:
+            answer = batch_size_search(
+                loaded,
+                _numbers("--values", values),
+                flag=flag,
+                fresh=fresh,
+                confirm=confirm,
+                address=address,
+                on_event=progress,
+                stopping=stopping,
+            )
+        except KeyboardInterrupt:
+            _interrupted(loaded)
+    if plot is not None:
+        from varcas.pictures import draw_curve
+
+        print(draw_curve(answer, plot), file=sys.stderr)
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        _rich(curve_text(answer))
+    if answer.pick is None:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command()
+def capacity(
+    experiment: ExperimentArg,
+    budget: Annotated[str | None, typer.Option(help="for the start and the loads: 5m, 900s")] = None,
+    precision: Annotated[
+        float, typer.Option(min=0.005, max=0.5, help="how far apart the rates that hold and miss may be in the end")
+    ] = 0.04,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Finds the highest request rate at which the baseline meets the SLO, from one server start.
+
+    Example: `varcas capacity experiments/llama2_7b_awq_t4_slo.yaml --budget 10m`
+    """
+    from varcas.capacity import find_capacity
+    from varcas.live import Progress, capacity_text
+
+    budget_s = None if budget is None else parse_duration(budget)
+    loaded = _with(load_experiment(experiment), results=results, trials=None, repeats=None)
+    stopping = threading.Event()
+    with _signals(stopping), Progress() as progress:
+        try:
+            answer = find_capacity(
+                loaded, budget_s=budget_s, precision=precision, address=address, on_event=progress, stopping=stopping
+            )
+        except KeyboardInterrupt:
+            _interrupted(loaded)
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        _rich(capacity_text(answer))
+    if answer.capacity_rps is None:
         raise typer.Exit(EXIT_NO_ANSWER)
 
 
@@ -253,11 +347,15 @@ def results(
     sql: Annotated[str | None, typer.Option(help="DuckDB SQL over the views trials, requests, samples")] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort by, `-column` for largest first")] = None,
     invalid: Annotated[bool, typer.Option("--invalid", help="only measurements that are not to be believed")] = False,
+    effects: Annotated[
+        bool, typer.Option("--effects", help="what each flag does to the objective, and which act together")
+    ] = False,
 ) -> None:
     """Shows the trials of a study.
 
     Example: `varcas results --sql "select number, output_tokens_per_s from trials order by 2 desc"`
     """
+    from varcas.effects import effects_text
     from varcas.live import has_dash, trials_table
     from varcas.report import DASH_NOTE
     from varcas.results import Results
@@ -269,6 +367,10 @@ def results(
     if sql:
         _print_table(opened.sql(sql), out)
         return
+    if effects:
+        found = opened.effects(_study_name(study))
+        _print(found, as_json, effects_text(found))
+        return
     rows = opened.trials(_study_name(study), sort=sort)
     rows = [row for row in rows if row.valid is False] if invalid else rows
     if out is Format.table:
@@ -278,6 +380,34 @@ def results(
         return
     dumped = [row.model_dump(mode="json") for row in rows]
     print(json.dumps(dumped, indent=2) if out is Format.json else _csv(dumped), end="" if out is Format.csv else "\n")
+
+
+@app.command()
+def compare(
+    study_a: Annotated[str, typer.Argument(metavar="STUDY_A", help="study name or experiment file: before")],
+    study_b: Annotated[str, typer.Argument(metavar="STUDY_B", help="study name or experiment file: after")],
+    results: ResultsOpt = None,
+    results_b: Annotated[
+        Path | None, typer.Option("--results-b", help="results directory of STUDY_B [default: that of STUDY_A]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what changed from one study to another, per metric, with intervals over starts. Starts nothing.
+
+    Exits 1 when a metric is worse with the whole of its interval.
+
+    Example: `varcas compare before-upgrade after-upgrade --json`
+    """
+    from varcas.compare import compare_studies, comparison_text
+    from varcas.results import Results
+
+    first = _results_path(study_a, results)
+    second = results_b or (_results_path(study_b, results) if _is_file(study_b) else first)
+    before, after = Results(first).trials(_study_name(study_a)), Results(second).trials(_study_name(study_b))
+    answer = compare_studies(before, after)
+    _print(answer, as_json, comparison_text(answer))
+    if answer.regressed:
+        raise typer.Exit(VarcasError.exit_code)
 
 
 @app.command()
@@ -463,21 +593,6 @@ def _require_free(port: int) -> None:
         raise InputError(f"--port: {port}: cannot be listened on ({error}). Give another, e.g. --port 8081.") from error
 
 
-def parse_duration(text: str, option: str = "--budget") -> float:
-    """Seconds of `30m`, `2h`, `90s` or `1h30m`.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    if text.strip().isdigit():
-        raise InputError(f"{option}: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
-    if not text.strip() or match is None:
-        raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
 def _slo(pairs: list[str]) -> dict[str, float]:
     limits: dict[str, float] = {}
     for pair in pairs:
@@ -489,9 +604,9 @@ def _slo(pairs: list[str]) -> dict[str, float]:
     return limits
 
 
-def _with(experiment: Experiment, *, results: Path | None, trials: int | None, repeats: int | None) -> Experiment:
+def _with(experiment: Experiment, *, results: Path | None, **study_fields: int | bool | None) -> Experiment:
     """The experiment with the command line's values over the file's."""
-    study = {key: new for key, new in (("trials", trials), ("repeats", repeats)) if new is not None}
+    study = {key: new for key, new in study_fields.items() if new is not None}
     changed: dict[str, Any] = {}
     if study:
         changed["study"] = Study.model_validate({**experiment.study.model_dump(), **study})

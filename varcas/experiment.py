@@ -43,7 +43,7 @@ OWN_FLAGS = {
 """Flags that varcas sets itself, and what to do instead."""
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
-    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s"), "maximize"),
+    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s", "capacity_rps"), "maximize"),
     **dict.fromkeys((*LATENCY_METRICS, "energy_j", "server_start_s"), "minimize"),
 }
 """Metric to the direction in which it is better."""
@@ -283,7 +283,27 @@ class Study(BaseModel):
 
     model_config = STRICT
     trials: int = Field(default=30, ge=1, description="server starts of the search; confirmation starts come on top")
-    sampler: str = Field(default="auto", description="`auto`, `tpe`, `random`, `gp`")
+    sampler: str = Field(default="auto", description="`auto`, `gp`, `tpe`, `random`, `grid`")
+    stop: Literal["trials", "auto"] = Field(
+        default="trials",
+        description="`auto`: the search ends before `trials` once the expected improvement is below the noise between "
+        "starts; samplers `auto` and `gp`",
+    )
+    live: bool = Field(
+        default=True,
+        description="measures several values of `max_num_seqs` and `max_num_batched_tokens` on one server, where its "
+        "vLLM can change them while it is idle",
+    )
+    ablate: int = Field(
+        default=1,
+        ge=0,
+        description="starts for each flag of a confirmed winner, put back alone; flags that bring nothing are dropped",
+    )
+    warm_start: bool = Field(
+        default=True,
+        description="what other studies in the store measured of the same configurations, under the same conditions, "
+        "counts at once; what they measured under others orders the first proposals",
+    )
     repeats: int = Field(default=3, ge=0, description="fresh starts of baseline and winner each; 0: no confirmation")
     storage: str | None = Field(
         default=None,
@@ -300,6 +320,10 @@ class Study(BaseModel):
         le=1,
         description="share of the configurations ruled out that is started all the same, to test the rules; at most "
         "this share of `trials`, rounded up, on top of them",
+    )
+    early_stop: bool = Field(
+        default=True,
+        description="ends a search's load once its SLO is lost for certain, or the best so far is out of reach",
     )
     order: bool = Field(
         default=True,
@@ -448,6 +472,8 @@ class Experiment(BaseModel):
             raise ValueError(f"{both[0]} stands both in `serve` and in `space`: take it out of one")
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
+        if any(o.metric == "capacity_rps" for o in self.objectives) and not self.slo:
+            raise ValueError("objective capacity_rps needs an `slo`: it is the highest rate that meets it")
         return self
 
     def located(self, message: str) -> str:

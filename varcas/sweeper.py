@@ -2,121 +2,70 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import gc
-import hashlib
+import functools
 import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from varcas import ablation
+from varcas.budget import Budget, Purse
+from varcas.capacity import Bisection, objective_columns, require_rate
+from varcas.costs import StartCosts
+from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
-from varcas.engine.fetch import check_local_model, is_local, weights_problem
-from varcas.engine.node import Checked, Node, NodeFacts
+from varcas.engine.fetch import weights_problem
+from varcas.engine.node import Checked, Node
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
-from varcas.measurement import cut_short
-from varcas.metrics import constraints_of, summarise
+from varcas.gpus import gpu as catalogued
+from varcas.gpus import variants
+from varcas.inner import split
+from varcas.metrics import MIN_STARTS
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
+from varcas.pool import Finished, Pool
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
-from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
+from varcas.records import APART, Outcome, RequestRecord, Sample, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
-from varcas.space import ServingConfig, Space, server_python
+from varcas.sharing import Shared, num_rides, shared
+from varcas.space import ServingConfig, Space
+from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
 from varcas.store import Store
-from varcas.study import Proposal, Study, make_sampler, open_study
-from varcas.trial import TrialTask, run_trial
-from varcas.workload.schedule import check_workload, identity
+from varcas.study import Proposal, Study, open_study
+from varcas.trial import Series, TrialTask, run_series, run_trial
+from varcas.warm_start import best_elsewhere, copied, same_conditions
 
-POLL_S = 0.25
-ANSWER_S = 300.0
-"""For vLLM's word on a configuration: its import on a cold, slow disk included."""
-LEAVE_S = 2.5
-"""For running trials to end when asked: Ray kills a stopped job 3 s after its SIGTERM."""
 MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
 GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 """Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
-HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
-"""Failures of the baseline that no flag changes: a sweep ends with them, and tries the baseline again when resumed."""
+PROMISING = 1.03
+"""A gain of 3 % that the usual starts leave open gets one more pair; benchmarks/false_winners.py has what that costs in
+false winners and brings in true ones."""
 MAX_LISTED = 10_000
 """Larger spaces are not listed to see how much of them is left, unless the rules listed them already."""
 NOT_ASKED = Checked(ok=True)
 """Of a configuration that was ruled out before vLLM was asked."""
 TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
+TYPICAL_LOADS = 8
+"""Until a capacity is known, from a first rate that is off by a factor of four."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
 Run = Callable[[TrialTask, threading.Event], Outcome]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the sweep is about to spend."""
-
-    study: str
-    space_size: int | None
-    search_starts: int
-    search_done: int
-    search_left: int
-    confirm_starts: int
-    start_s: float
-    load_s: float
-    budget_s: float | None
-    width: int
-    ruled_out: Mapping[str, int] = field(default_factory=dict)  # of the space, by rule; empty where it is not listed
-    audit_starts: int = 0  # of what is ruled out, at most
-
-    @property
-    def total_s(self) -> float:
-        """Upper estimate of what is left, in wall seconds."""
-        starts = self.search_left + self.audit_starts + self.confirm_starts
-        estimate = starts * (self.start_s + self.load_s) / self.width
-        return estimate if self.budget_s is None else min(estimate, self.budget_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What happens while a sweep runs, for whoever shows it."""
-
-    kind: Literal["plan", "note", "start", "row", "confirm"]
-    text: str = ""
-    plan: Plan | None = None
-    row: TrialRow | None = None
-    number: int | None = None  # of the trial that starts
-    total: int | None = None  # starts that this confirmation is about to make
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One server start to make."""
-
-    proposal: Proposal
-    number: int
-    purpose: Purpose
-    checked: Checked
-    arm: str | None = None
-    attempt: int = 0
-    audited_rule: str | None = None
-
-    @property
-    def key(self) -> str:
-        """Names it in the pool."""
-        return f"{self.number}"
-
-
 def sweep(
     experiment: Experiment,
     *,
     address: str | None = None,
-    budget_s: float | None = None,
+    budget: Budget | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stopping: threading.Event | None = None,
     run: Run = run_trial,
@@ -128,7 +77,7 @@ def sweep(
     Args:
         experiment: what to search (`load_experiment`).
         address: of a Ray cluster; None starts a local Ray, or joins the cluster of the Ray job this runs in.
-        budget_s: wall seconds to spend at most, confirmation included.
+        budget: wall time, GPU hours or money to spend at most, confirmation included.
         on_event: told of the plan, of each start and each row.
         stopping: set it to end early: running servers are stopped, everything measured so far is kept.
         run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
@@ -140,65 +89,26 @@ def sweep(
         VarcasError: the work failed.
     """
     space = check(experiment)
+    if any(objective.metric == "capacity_rps" for objective in experiment.objectives):
+        require_rate(experiment)
     with (
         located(experiment),
         Store(experiment.results) as store,
         Pool(experiment.hardware, address, **ray_options) as pool,
     ):
         stop = stopping or threading.Event()
-        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
+        sweeper = Sweeper(experiment, space, store, pool, budget or Budget(), on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
+            sweeper.ablate()
             return sweeper.answer()
 
 
-def check(experiment: Experiment) -> Space:
-    """Checks what needs neither Ray nor vLLM, and returns the space.
+class Sweeper(Starts):
+    """One study's run. `search`, `confirm`, `ablate` and `answer` are called in that order."""
 
-    Raises:
-        InputError: with file, line, key and fix.
-    """
-    with located(experiment):
-        space = Space(experiment)
-        check_paths(experiment)
-        check_local_model(experiment.model)
-        check_workload(experiment.workload, experiment.serve)
-        make_sampler(experiment, space)
-    return space
-
-
-@contextlib.contextmanager
-def located(experiment: Experiment) -> Iterator[None]:
-    """Gives file and line to what is said about a key of the experiment."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(experiment.located(str(error))) from error
-
-
-def check_paths(experiment: Experiment) -> None:
-    """Refuses paths that would be lost: a Ray job's working directory is an evictable copy.
-
-    Raises:
-        InputError: a relative `results` or file storage in a Ray job.
-    """
-    if not in_ray_job():
-        return
-    places = {"results": experiment.results}
-    scheme, _, path = (experiment.study.storage or "").partition(":")
-    if scheme == "journal" or (scheme == "sqlite" and not path.startswith("////")):
-        places["study.storage"] = path.removeprefix("///")
-    for name, place in places.items():
-        if not Path(place).is_absolute():
-            raise InputError(
-                f"{name}: {place!r}: is relative, and a Ray job's working directory is a copy that Ray evicts. "
-                f"Give an absolute path on a disk that stays, e.g. /mnt/varcas/{Path(place).name or 'results'}."
-            )
-
-
-class Sweeper:
-    """One study's run. `search`, `confirm` and `answer` are called in that order."""
+    searches = True
 
     def __init__(
         self,
@@ -206,55 +116,33 @@ class Sweeper:
         space: Space,
         store: Store,
         pool: Pool,
-        budget_s: float | None,
+        budget: Budget,
         on_event: Callable[[Event], None],
         stopping: threading.Event,
         run: Run,
         node: Callable[..., Any],
     ) -> None:
-        self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
-        self._make_node = node
-        self._workload = identity(experiment.workload)
-        self._emit, self._stopping, self._run = on_event, stopping, run
-        self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
-        self._budget_s = budget_s
-        self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
+        super().__init__(experiment, space, store, pool, on_event, stopping, node)
+        self._run = run
+        self._purse = Purse(budget, _usd_per_gpu_h(pool.slots.gpu) if pool.slots.on_gpu else None)
+        if self._purse.limits_gpus and not pool.slots.on_gpu:
+            raise InputError("--budget: GPU hours and their price limit nothing here: the servers run on the CPU.")
         self._held: Job | None = None
+        self._shared: dict[str, Shared] = {}  # by the key of its job
         self.ended: str | None = None
         self.ruled_out: str | None = None
 
-    def __enter__(self) -> Sweeper:
-        """Asks the node what it has, checks the experiment against it, and opens the study."""
-        self._note("asking vLLM on the node for its flags and its word on the configurations")
-        self._node = self._placed_node()
-        try:
-            self._open()
-        except BaseException:
-            self.pool.dismiss(self._node)
-            raise
-        gc.freeze()  # what the imports left: to look through it cost 60 ms each time
-        return self
-
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
         try:
-            self.pool.cancel()
-            deadline_s = time.monotonic() + LEAVE_S
-            while self.pool.busy and time.monotonic() < deadline_s:
-                self._collect()
+            super().__exit__()
         finally:
-            self.pool.dismiss(self._node)
             self.study.close()
 
     def _open(self) -> None:
+        super()._open()
         experiment = self.experiment
-        timeout_s = experiment.server.download_timeout_s + 60
-        self.facts: NodeFacts = self._ask("facts", timeout_s=timeout_s)
-        self.space.check_names(self._ask("flag_names"))
-        self._check_baseline()
-        self._keep_fingerprint()
-        self._rows = self.store.rows(experiment.name)
-        self._next_number = max((row.number for row in self._rows), default=-1) + 1
+        self._live = self._live_flags()
+        self._adopt()
         site = self._site()
         self.pruner = Pruner(experiment, self.space, site, self._rows)
         for text in self.pruner.disabled.values():
@@ -263,15 +151,65 @@ class Sweeper:
         past = [row for row in self._rows if not _is_hopeless(row)]
         order = self._ordered(site)
         first = order.first if order is not None else ()
-        self.study: Study = open_study(experiment, self.space, storage, past=past, pruner=self.pruner, first=first)
+        expected = order.expected if order is not None else {}
+        self.study: Study = open_study(
+            experiment, self.space, storage, past=past, pruner=self.pruner, first=first, expected=expected
+        )
         if order is not None and (count := self.study.num_ordered):
-            self._note(f"the first {count} proposals of the search follow the roofline's estimates ({order.basis})")
+            self._note(f"the first {count} proposals of the search follow the estimates ({order.basis})")
+
+    def _live_flags(self) -> Mapping[str, tuple[int, ...]]:
+        """Flags of the space that a running server takes, with their values."""
+        experiment = self.experiment
+        if not experiment.study.live or self._by_capacity:
+            return {}
+        divided = split(experiment, self.flag_names)
+        for flag, why in divided.why_not.items():
+            self._note(f"each {flag} needs a server of its own: {why}")
+        return divided.live
+
+    def _adopt(self) -> None:
+        """Copies what other studies measured under the same conditions: it counts, and says where it is from."""
+        if not self.experiment.study.warm_start:
+            return
+        known = [row.config_hash for row in self._rows]
+        found = same_conditions(self.store.rows(), self.experiment, self.space, self._key_of, answered=known)
+        taken = 0
+        for row, params in found:
+            mine = copied(row, params, self.experiment, self._next_number, self._slo_of, self._requests_of)
+            if mine is not None:
+                self._next_number += 1
+                self.store.append(mine, (), ())
+                self._rows.append(mine)
+                taken += 1
+        if taken:
+            self._note(f"{taken} configurations were measured under the same conditions in other studies: they count")
+
+    def _key_of(self, config: ServingConfig) -> str:
+        """`trial_key` of a fresh start of a configuration."""
+        return self._trial_key(Job(Proposal(None, {}, {}, config, "search"), 0, "search", NOT_ASKED))
+
+    def _slo_of(self, study: str) -> Mapping[str, float] | None:
+        saved = self.store.study(study)
+        return None if saved is None else saved["fingerprint"]["slo"]
+
+    def _requests_of(self, trial_id: str) -> tuple[Sequence[RequestRecord], Sequence[Sample]]:
+        return self.store.requests(trial_id), self.store.samples(trial_id)
 
     def _ordered(self, site: Site) -> Order | None:
-        """What the estimates put first; None once the search is under way."""
-        if sum(row.purpose == "search" for row in self._rows) >= NUM_ORDERED:
-            return None
-        return first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
+        """What other conditions and the estimates put first, and what these expect."""
+        order = first_proposals(self.experiment, self.space, site, self.pruner, self.store.rows())
+        elsewhere = best_elsewhere(self.store.rows(), self.experiment, self.space) if self._may_seed() else []
+        if not elsewhere:
+            return order
+        more = order.first if order is not None else ()
+        first = {config.hash: config for config in (*elsewhere, *more) if self.pruner.verdict(config) is None}
+        basis = "what was best under other conditions" + (f"; {order.basis}" if order is not None else "")
+        return Order(tuple(first.values())[:NUM_ORDERED], basis, order.expected if order is not None else {})
+
+    def _may_seed(self) -> bool:
+        study = self.experiment.study
+        return study.warm_start and study.order and study.sampler not in ("random", "grid")
 
     def _site(self) -> Site:
         """What the rules know: the node's GPU, or the best that goes by its name where there are several nodes."""
@@ -280,7 +218,7 @@ class Sweeper:
         most = min(slots.num_gpus, slots.gpus_per_node) if slots.on_gpu else None
         return site_of(self.experiment, self.facts, gpu, on_cpu=not slots.on_gpu, gpus_per_node=most)
 
-    def _check_baseline(self) -> None:
+    def _check_experiment(self) -> None:
         """The configuration to beat must be one that vLLM takes.
 
         Raises:
@@ -291,40 +229,6 @@ class Sweeper:
         if not checked.ok:
             said = refusal(self.experiment, checked, self.facts.engine_version, config.flags, "baseline")
             raise InputError(f"{said}; `varcas validate` asks it without starting anything.")
-
-    def _keep_fingerprint(self) -> None:
-        """Rows of one study name must have measured the same thing.
-
-        Raises:
-            InputError: the name stands in this store with another model, workload, SLO, ...
-        """
-        now, name = self._fingerprint(), self.experiment.name
-        before = self.store.study(name)
-        if before is not None and self.store.rows(name):  # one without rows measured nothing
-            old = before["fingerprint"]
-            if changed := [_changes(key, old.get(key), now[key]) for key in now if old.get(key) != now[key]]:
-                raise InputError(
-                    f"name: {name!r}: {self.experiment.results} holds a study of that name with another "
-                    f"{', another '.join(changed)}: their rows cannot be compared. "
-                    "Give this experiment another `name`, or other `results`."
-                )
-        self.store.save_study(name, {"fingerprint": now, "experiment": json.loads(self.experiment.model_dump_json())})
-
-    def _fingerprint(self) -> dict[str, Any]:
-        e, facts = self.experiment, self.facts
-        return {
-            "model": e.model,
-            "model_revision": facts.model_revision,
-            "gpu": self.pool.slots.gpu,
-            "engine": e.engine,
-            "engine_version": facts.engine_version,
-            "server.env": dict(e.server.env),
-            "serve": dict(e.serve),
-            "baseline": dict(e.baseline),
-            "workload": self._workload,
-            "slo": dict(e.slo),
-            "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
-        }
 
     # search
 
@@ -339,6 +243,7 @@ class Sweeper:
             return
         self._emit(Event("plan", plan=self._opening_plan()))
         self._note_baseline()
+        self._note_ruled_out()
         while not self._stopping.is_set():
             while not self._stopping.is_set() and (job := self._next_job()):
                 self._start(job)
@@ -370,6 +275,18 @@ class Sweeper:
                 "It is started all the same; if it works, that rule is wrong, and off for this study"
             )
 
+    def _note_ruled_out(self) -> None:
+        """A row for each rule that rules something out, with one configuration: what knows them passes them by."""
+        survey, known = self.pruner.survey(), {row.reason_rule for row in self._rows}
+        for rule, params in survey.examples.items() if survey is not None else ():
+            config = self.space.config(self.space.flags_of(params))
+            refusal = self.pruner.verdict(config)
+            if rule not in known and refusal is not None:
+                proposal = Proposal(None, params, self.space.over_serve(config), config, "search")
+                row = self._row(self._job(proposal, NOT_ASKED), state="infeasible", **reason_columns(refusal))
+                self._record(row, None)
+                self.study.hear(row)
+
     def _check_hope(self, rows: Sequence[TrialRow]) -> None:
         row = next((row for row in rows if _is_hopeless(row)), None)
         if row is None or any(row.state == "complete" for row in self._rows):
@@ -385,10 +302,10 @@ class Sweeper:
         job, self._held = self._held, None
         while job is None:
             if self._out_of_time():
-                self.ended = "time budget spent"
                 return None
             if not self.pool.has_room(1):
                 return None
+            self.study.costs = self._costs()
             early = self._audit() if 3 * self.study.spent >= self.experiment.study.trials else None
             proposal = early or self.study.propose() or self._audit()
             if proposal is None:
@@ -403,6 +320,10 @@ class Sweeper:
             return job
         self._held = job
         return None
+
+    def _costs(self) -> StartCosts:
+        plan = self.plan()
+        return StartCosts.of(self._rows, start_s=plan.start_s, load_s=plan.load_s)
 
     def _audit(self) -> Proposal | None:
         """A configuration that is ruled out, to be started all the same, from a third of the search on.
@@ -452,45 +373,110 @@ class Sweeper:
         self._record(row, proposal)
         return True
 
-    def _check(self, config: ServingConfig) -> Checked:
-        """Asks for vLLM's own word on a configuration, before a GPU is touched."""
-        checked: Checked = self._ask("check", config.argv(), self.experiment.workload.endpoint)
-        return checked
-
-    def _ask(self, method: str, *args: Any, timeout_s: float = ANSWER_S) -> Any:
-        """Asks the node; one that died with its worker is replaced, once."""
-        try:
-            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
-        except LostServiceError:
-            self._node = self._placed_node()
-            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
-
-    def _placed_node(self) -> Any:
-        e = self.experiment
-        return self.pool.service(self._make_node, e.server, e.model, e.revision)
-
     def _start(self, job: Job) -> None:
-        task = TrialTask(
-            label=f"{job.number:05d}-{job.arm or job.purpose}",
-            experiment=self.experiment,
-            config=job.proposal.config,
-            revision=None if is_local(self.experiment.model) else self.facts.model_revision,
-            resolved=job.checked.resolved,
-            endpoint=job.checked.endpoint,
-            log_dir=str(self._log_dir()),
-            num_gpus=job.proposal.config.num_gpus if self.pool.slots.on_gpu else 0,
-        )
-        self._jobs[job.key] = (job, time.monotonic())
-        self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
-        self.pool.prepare()
-        self._emit(Event("start", text=_described(job), number=job.number))
+        rules = self._stop_rules(job)
+        several = self._sharing(job, rules)
+        if several is None:
+            self._submit(job, self._work(job), replace(self._task(job), stop_rules=rules), _described(job))
+            return
+        task = replace(self._task(job, live=True), config=several.config, resolved=several.checked.resolved)
+        text = f"{_described(job)}, and {len(several.proposals) - 1} more on its server"
+        self._shared[job.key] = several
+        self._submit(job, functools.partial(run_series, plan=several.plan), task, text)
+
+    def _sharing(self, job: Job, rules: StopRules | None) -> Shared | None:
+        """What else of the space is measured on the server of a proposal of the search; None where nothing is."""
+        if job.purpose != "search" or not self._live:
+            return None
+        rides = self.study.alongside(job.proposal, self._live, self._num_rides())
+        together, workload = [job.proposal, *rides], self.experiment.workload
+        several = shared(together, self._live, self.flag_names, self._check, workload, rules) if rides else None
+        taken = set() if several is None else {one.config.hash for one in several.proposals.values()}
+        for ride in rides:
+            if ride.config.hash not in taken:
+                self.study.give_up(ride)
+        return several
+
+    def _num_rides(self) -> int:
+        """As many as a start is worth, and as the budget holds beside what confirmation needs."""
+        plan = self.plan()
+        kept_s = plan.confirm_starts * (plan.start_s + plan.load_s) / plan.width
+        rides = num_rides(plan.start_s, plan.load_s)
+        while rides and self._purse.short_of(plan.start_s + (rides + 2) * plan.load_s + kept_s, 0.0) is not None:
+            rides -= 1
+        return rides
+
+    def _work(self, job: Job) -> Callable[[TrialTask, threading.Event], Any]:
+        """What the worker does: one load, or those that find a capacity."""
+        e = self.experiment
+        if not self._by_capacity:
+            return self._run
+        return functools.partial(run_series, plan=Bisection(job.proposal.config, e.workload, dict(e.slo)))
+
+    @property
+    def _by_capacity(self) -> bool:
+        return any(objective.metric == "capacity_rps" for objective in self.experiment.objectives)
+
+    def _stop_rules(self, job: Job) -> StopRules | None:
+        """What may end a search's load early; baseline, audits and confirmation are measured in full."""
+        experiment = self.experiment
+        if job.purpose != "search" or not experiment.study.early_stop:
+            return None
+        by_tokens = [objective.metric for objective in experiment.objectives] == ["output_tokens_per_s"]
+        best = find(self._rows, experiment).winner if by_tokens else None
+        return StopRules(dict(experiment.slo), None if best is None else best.output_tokens_per_s)
 
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
-            row, outcome = self._measured_row(job, finished, time.monotonic() - submitted_s)
-            self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
+            self._purse.charge((time.monotonic() - submitted_s) * job.proposal.config.num_gpus)
+            wall_s = time.monotonic() - submitted_s
+            if (several := self._shared.pop(finished.key, None)) is not None:
+                self._collect_several(job, several, finished, wall_s)
+                continue
+            row, outcome = self._answered(job, finished, wall_s)
+            self._record(row, None if job.purpose in APART else job.proposal, outcome)
+
+    def _collect_several(self, job: Job, several: Shared, finished: Finished, wall_s: float) -> None:
+        """Records what was measured on one server; what was not is open again."""
+        left = dict(several.proposals)
+        if not isinstance(finished.result, Series):
+            row, _ = self._measured_row(job, finished, wall_s)
+            self._record(row, job.proposal)
+            left = {key: one for key, one in left.items() if one is not job.proposal}
+        else:
+            self._record_series(job, several, finished.result, wall_s, left)
+        for proposal in left.values():
+            self.study.give_up(proposal)
+
+    def _record_series(
+        self, job: Job, several: Shared, series: Series, wall_s: float, left: dict[str, Proposal]
+    ) -> None:
+        for row, done in self._series_rows(job, series, wall_s):
+            proposal = left.pop(done.step.config.hash, None)
+            params = proposal.params if proposal else self.space.params_of(done.step.config.flags) or {}
+            told = row.model_copy(update={"params_json": json.dumps(params, sort_keys=True)})
+            self._record(told, proposal, done.outcome)
+            if proposal is None:  # the start failed, with the largest limits
+                self.study.hear(told, retry=told.failure_kind in RETRIED)
+        if series.not_live is not None:
+            self._note(f"this server takes no new limits ({series.not_live}): each value gets a server of its own")
+            self._live = {}
+
+    def _answered(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
+        """The row of a start; of one whose capacity was looked for, its other loads are stored beside it."""
+        series = finished.result
+        if not isinstance(series, Series):
+            return self._measured_row(job, finished, wall_s)
+        main, columns = objective_columns(series, self.experiment.slo)
+        rows = self._series_rows(job, series, wall_s, main)
+        for index, (row, done) in enumerate(rows):
+            if index != main:
+                load = done.outcome.load
+                self.store.append(row, load.records if load else (), done.outcome.samples)
+        row, done = rows[main]
+        return row.model_copy(update=columns if row.state == "complete" else {}), done.outcome
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
         load = outcome.load if outcome else None
@@ -526,6 +512,40 @@ class Sweeper:
             if pair is None or not self._confirm_pair(*pair):
                 return
 
+    def ablate(self) -> None:
+        """Puts each flag of a confirmed winner back alone, then starts what is left of them, as the budget goes."""
+        if len(self.experiment.objectives) > 1:
+            return
+        for _ in range(2 + self.experiment.study.max_retries):
+            pair = self._finalists()
+            if pair is None or recommend(self._rows, self.experiment).verdict != "better":
+                return
+            queue = ablation.missing(self._rows, pair[1], pair[0], self.experiment)
+            if not queue or not self._run_ablation(queue, pair[1]):
+                return
+
+    def _run_ablation(self, queue: list[tuple[str, ServingConfig]], winner: TrialRow) -> bool:
+        """False when the budget did not hold all of them."""
+        text = f"trial {winner.number} without {', '.join(dict.fromkeys(arm for arm, _ in queue))}, each alone"
+        if queue[0][0] == ablation.MINIMAL:
+            text = f"trial {winner.number} without all that brings nothing"
+        self._emit(Event("confirm", text=text, total=len(queue)))
+        while queue or self.pool.busy:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            while queue and not self._out_of_time(reserve=False) and self.pool.has_room(queue[0][1].num_gpus):
+                self._start(self._ablation_job(*queue.pop(0)))
+            self._collect()
+            if queue and not self.pool.busy and self._out_of_time(reserve=False):
+                return False
+        return True
+
+    def _ablation_job(self, arm: str, config: ServingConfig) -> Job:
+        whole = ServingConfig(self.experiment.model, self.experiment.revision, config.flags)
+        params = self.space.params_of(whole.flags) or {}
+        proposal = Proposal(None, params, dict(whole.flags), whole, "ablate")
+        return Job(proposal, self._number(), "ablate", self._check(whole), arm, self._attempts(whole))
+
     def _finalists(self) -> tuple[TrialRow, TrialRow] | None:
         found = find(self._rows, self.experiment)
         if found.baseline is None or found.winner is None or found.baseline.state != "complete":
@@ -536,7 +556,7 @@ class Sweeper:
 
     def _confirm_pair(self, baseline: TrialRow, winner: TrialRow) -> bool:
         """Runs the missing starts of both arms; True when the winner failed and another must be confirmed."""
-        queue = self._missing(baseline, winner)
+        queue = self._missing(baseline, winner) or self._extension(baseline, winner)
         if queue:
             text = f"confirming trial {winner.number} against the baseline, {self.experiment.study.repeats} starts each"
             self._emit(Event("confirm", text=text, total=len(queue)))
@@ -547,17 +567,28 @@ class Sweeper:
                 self._start(self._confirm_job(*queue.pop(0)))
             self._collect()
             if not self.pool.busy and self._out_of_time(reserve=False):
-                self.ended = self.ended or "time budget spent"
                 return False
             best = find(self._rows, self.experiment).winner
             if best is None or best.config_hash != winner.config_hash:
                 return best is not None
-            queue = queue or self._retries(baseline, winner)
+            queue = queue or self._retries(baseline, winner) or self._extension(baseline, winner)
         return False
 
-    def _missing(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+    def _extension(self, baseline: TrialRow, winner: TrialRow) -> list[tuple[str, TrialRow]]:
+        """One more start of each arm where the usual ones leave open a gain that is worth knowing."""
+        study = self.experiment.study
+        if self.pool.busy or study.repeats < MIN_STARTS or self._missing(baseline, winner):
+            return []
+        answer = recommend(self._rows, self.experiment)
+        gain = answer.gain.ratio if answer.gain is not None else 1.0
+        gain = gain if self.experiment.objectives[0].direction == "maximize" else 1 / gain
+        if answer.verdict != "inconclusive" or gain < PROMISING:
+            return []
+        return self._missing(baseline, winner, study.repeats + 1)
+
+    def _missing(self, baseline: TrialRow, winner: TrialRow, repeats: int | None = None) -> list[tuple[str, TrialRow]]:
         """Starts still to make, in the order B W W B B W ..., so that drift hits both arms alike."""
-        repeats = self.experiment.study.repeats
+        repeats = repeats or self.experiment.study.repeats
         have = {
             arm: sum(row.valid is not False for row in confirmations(self._rows, arm, row.config_hash))
             for arm, row in (("baseline", baseline), ("candidate", winner))
@@ -611,7 +642,7 @@ class Sweeper:
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
         searches = study.trials if may_work is None else min(study.trials, may_work + 1)
-        done = self.study.spent
+        done, loads = self.study.spent, TYPICAL_LOADS if self._by_capacity else 1
         return Plan(
             study=self.experiment.name,
             space_size=size,
@@ -620,8 +651,8 @@ class Sweeper:
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
-            budget_s=self._budget_s,
+            load_s=(workload.warmup_s + workload.duration_s + workload.max_drain_s) * loads + STOP_S,
+            budget_s=self._purse.wall_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
             audit_starts=self.pruner.audits_left,
@@ -646,147 +677,25 @@ class Sweeper:
         return min(left, sum(self.study.answered(key) is None for key in hashes))
 
     def _out_of_time(self, reserve: bool = True) -> bool:
-        """Whether one more search start would eat what confirmation needs."""
-        if self._deadline_s is None:
-            return False
-        plan = self.plan()
-        one_s = plan.start_s + plan.load_s
-        need_s = one_s + (plan.confirm_starts * one_s / plan.width if reserve else 0.0)
-        return time.monotonic() + need_s > self._deadline_s
+        """Whether one more start would eat what is left, or what confirmation needs; then `ended` says which budget."""
+        plan, gpus = self.plan(), self.space.config(self.experiment.baseline).num_gpus
+        one_s, kept = plan.start_s + plan.load_s, plan.confirm_starts if reserve else 0
+        busy_s = len(self._jobs) * one_s * gpus
+        short = self._purse.short_of(one_s + kept * one_s / plan.width, busy_s + (1 + kept) * one_s * gpus)
+        if short is not None and not self.pool.busy:
+            self.ended = self.ended or f"{short} budget spent"
+        return short is not None
 
-    def _number(self) -> int:
-        number = self._next_number
-        self._next_number += 1
-        return number
 
-    def _attempts(self, config: ServingConfig) -> int:
-        key = config.hash
-        running = sum(job.proposal.config.hash == key for job, _ in self._jobs.values())
-        return sum(row.config_hash == key for row in self._rows) + running
+def _usd_per_gpu_h(kind: str) -> float | None:
+    """List price of a GPU of the catalogue; None where it has none."""
+    price = catalogued(kind).price if variants(kind) else None
+    return None if price is None else price.usd_per_h
 
-    def _log_dir(self) -> Path:
-        return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
-
-    def _note(self, text: str) -> None:
-        self._emit(Event("note", text=text))
-
-    def _trial_key(self, config: ServingConfig) -> str:
-        identity = {
-            "model": self.experiment.model,
-            "model_revision": self.facts.model_revision,
-            "gpu": self.pool.slots.gpu,
-            "engine": self.experiment.engine,
-            "engine_version": self.facts.engine_version,
-            "env": dict(self.experiment.server.env),
-            "config": config.hash,
-            "workload": self._workload,
-            "live": False,
-            "measurement_version": MEASUREMENT_VERSION,
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def _trial_id(self, job: Job) -> str:
-        parts = f"{self._trial_key(job.proposal.config)}:{self.experiment.name}:{job.purpose}:{job.attempt}"
-        return hashlib.sha256(parts.encode()).hexdigest()
-
-    def _measured_row(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
-        """A trial's row from its outcome, or from the loss of its worker."""
-        if finished.lost is not None:
-            kind = "worker_lost"
-            row = self._row(
-                job, state="failed", failure_kind=kind, failure_detail=finished.lost, failure_hint=HINTS[kind]
-            )
-            return row, None
-        outcome: Outcome = finished.result
-        columns = outcome_columns(outcome, self.experiment)
-        columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
-        return self._row(job, **columns), outcome
-
-    def _row(self, job: Job, **columns: Any) -> TrialRow:
-        e, config, workload = self.experiment, job.proposal.config, self.experiment.workload
-        fixed: dict[str, Any] = {
-            "trial_id": self._trial_id(job),
-            "trial_key": self._trial_key(config),
-            "study": e.name,
-            "number": job.number,
-            "server_id": self._trial_id(job)[:16],
-            "purpose": job.purpose,
-            "arm": job.arm,
-            "attempt": job.attempt,
-            "config_json": json.dumps(dict(config.flags), sort_keys=True),
-            "config_hash": config.hash,
-            "params_json": json.dumps(job.proposal.params, sort_keys=True),
-            "flags": {name: json.dumps(flag, sort_keys=True) for name, flag in config.flags.items()},
-            "command": config.command(server_python(e), e.server.env),
-            "env_json": json.dumps(dict(e.server.env), sort_keys=True),
-            "resolved_json": json.dumps(job.checked.resolved, sort_keys=True) if job.checked.resolved else None,
-            "model": e.model,
-            "model_revision": self.facts.model_revision,
-            "engine": e.engine,
-            "engine_version": self.facts.engine_version,
-            "workload_json": workload.model_dump_json(),
-            "profile": workload.name,
-            "rate_rps": workload.mean_rps and float(workload.mean_rps),
-            "duration_s": float(workload.duration_s),
-            "seed": workload.seed,
-            "started_at": datetime.datetime.now(datetime.UTC),
-            "gpu_name": self.facts.gpu_name,
-            "gpu_count": config.num_gpus if self.pool.slots.on_gpu else 0,
-            "audited_rule": job.audited_rule,
-        }
-        return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
 
 
 def _is_hopeless(row: TrialRow) -> bool:
     return row.purpose == "baseline" and row.failure_kind in HOPELESS
-
-
-def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
-    """The columns of a row that one server start decides: state, stage times, metrics, constraints."""
-    facts, times, kind = outcome.facts, outcome.times, outcome.failure_kind
-    columns: dict[str, Any] = {
-        "state": outcome.state,
-        "failure_kind": kind,
-        "failure_detail": outcome.failure_detail,
-        "failure_hint": HINTS[kind] if kind else None,
-        "started_at": outcome.started_at,
-        "host": outcome.host.host,
-        "gpu_name": outcome.host.gpu_name,
-        "driver_version": outcome.host.driver_version,
-        "resolved_json": json.dumps(facts.resolved, sort_keys=True) if facts.resolved else None,
-        "engine_version": facts.engine_version,
-        "kv_cache_tokens": facts.kv_cache_tokens,
-        "compile_s": facts.compile_s,
-        "compile_cache_hit": facts.compile_cache_hit,
-        "fetch_s": times.fetch_s,
-        "cooldown_s": times.cooldown_s,
-        "server_start_s": times.server_start_s,
-        "warmup_s": times.warmup_s,
-        "load_s": times.load_s,
-        "drain_s": times.drain_s,
-        "stop_s": times.stop_s,
-        "log_path": outcome.log_path,
-    }
-    if outcome.load is not None and outcome.load.duration_s > 0:
-        columns |= summarise(outcome.load, experiment.slo, outcome.samples, arrival=experiment.workload.arrives.kind)
-        if outcome.state == "complete":
-            columns |= constraints_of(outcome.load, experiment.slo)
-        if outcome.state == "stopped":
-            columns |= {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
-    return columns
-
-
-def _changes(key: str, old: Any, new: Any) -> str:
-    """`workload (rate_rps 6 -> 7)`: what differs between two values of a fingerprint."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"{key} ({json.dumps(old)} -> {json.dumps(new)})"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return f"{key} ({', '.join(f'{n} {json.dumps(old.get(n))} -> {json.dumps(new.get(n))}' for n in names)})"
-
-
-def _staged_s(times: StageTimes) -> float:
-    started_s = times.fetch_s + times.cooldown_s + times.server_start_s
-    return started_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
 
 
 def _described(job: Job) -> str:
