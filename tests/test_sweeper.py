@@ -274,7 +274,9 @@ def test_the_baseline_is_started_whatever_the_rules_say(tmp_path: Path) -> None:
 def test_a_sweep_may_look_for_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.by_capacity)
     slo = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
-    answer = run(experiment(tmp_path, f"space: {{max_num_seqs: {{choices: [2, 4]}}}}\n{slo}", "{trials: 3, repeats: 1}"))
+    answer = run(
+        experiment(tmp_path, f"space: {{max_num_seqs: {{choices: [2, 4]}}}}\n{slo}", "{trials: 3, repeats: 1}")
+    )
     rows = Results(tmp_path / "results").trials()
     own, aside = ([row for row in rows if (row.purpose == "capacity") == is_aside] for is_aside in (False, True))
     assert answer.winner.values == [pytest.approx(40, rel=0.05)]
