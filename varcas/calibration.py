@@ -206,6 +206,7 @@ def points(
     requests: Callable[[str], Sequence[RequestRecord]] | None = None,
     cpu: GpuSpec | None = None,
     simulated: bool = False,
+    saturated: bool = False,
 ) -> tuple[list[Point], list[tuple[str, str]]]:
     """Measured points, and each row that gave none with the reason.
 
@@ -216,11 +217,12 @@ def points(
             row's means.
         cpu: this host's, for rows without a GPU (`gpus.this_cpu`); None leaves those out.
         simulated: take simulated rows, and no others.
+        saturated: take rows of servers that fell behind too, where their requests tell steps apart.
     """
     found: list[Point] = []
     left: list[tuple[str, str]] = []
     for row in rows:
-        trial = _excluded(row, simulated) or _trial(row, models, cpu)
+        trial = _excluded(row, simulated, saturated) or _trial(row, models, cpu)
         if isinstance(trial, str):
             left.append((row.trial_id, trial))
             continue
@@ -236,7 +238,7 @@ UNREADABLE_FLAGS = ("speculative_config", "data_parallel_size", "pipeline_parall
 """Flags under which a token's gap is not a step of the whole model."""
 
 
-def _excluded(row: TrialRow, simulated: bool) -> str | None:
+def _excluded(row: TrialRow, simulated: bool, saturated: bool) -> str | None:
     """Why a row tells nothing about steps."""
     flags = json.loads(row.config_json)
     other = next((name for name in UNREADABLE_FLAGS if flags.get(name) not in (None, 1)), None)
@@ -245,8 +247,8 @@ def _excluded(row: TrialRow, simulated: bool) -> str | None:
         f"{row.state}": row.state != "complete",
         f"measurement version {row.measurement_version}": row.measurement_version != MEASUREMENT_VERSION,
         "invalid": row.valid is not True,
-        "saturated": row.saturated is True,
-        f"engine {row.engine}: its configuration is not known": row.engine != "vllm",
+        "saturated": row.saturated is True and not saturated,
+        f"engine {row.engine}: its configuration is not known": row.engine not in ("vllm", "simulated"),
         "no engine version": row.engine_version is None,
         "preempted: work was done twice": bool(row.preemptions),
         f"{other}: steps are not told apart": other is not None,
@@ -296,6 +298,8 @@ def _point(trial: _Trial, one: _Bin) -> Point:
 
 
 def _bins_of(row: TrialRow, records: Sequence[RequestRecord], serve: Serve) -> list[_Bin] | str:
+    if not records and row.saturated:
+        return "saturated, and without requests"
     if not records:
         mean = _mean_bin(row)
         return [mean] if mean else "no requests, and a row without TPOT or rates"
@@ -526,9 +530,10 @@ def calibrate(
     requests: Callable[[str], Sequence[RequestRecord]] | None = None,
     cpu: GpuSpec | None = None,
     simulated: bool = False,
+    saturated: bool = False,
 ) -> Calibration:
     """Fits efficiencies to a store's rows. Arguments as `points`; simulated and real rows never meet in one fit."""
-    found, left = points(rows, models, requests=requests, cpu=cpu, simulated=simulated)
+    found, left = points(rows, models, requests=requests, cpu=cpu, simulated=simulated, saturated=saturated)
     specs = {gpu.name: gpu for gpu in (*gpus.catalogue().values(), *([cpu] if cpu else []))}
     by_key: dict[Key, list[Point]] = {}
     for point in found:
@@ -770,7 +775,7 @@ def estimate(
         kv_tokens: of the cache, where known; else `memory` estimates it on a GPU, and a CPU has enough.
     """
     kernel = kernel_of(model, serve, engine_version, quantization)
-    found, beyond = _fit_for(calibration, gpu, kernel, engine_version)
+    found, beyond = fit_for(calibration, gpu, kernel, engine_version)
     load = _Load.of(model, gpu, serve, traffic, kernel, kv_tokens)
     known = prior(gpu, kernel)
     centre = _logs(found.efficiency if found else known.median)
@@ -802,11 +807,11 @@ def efficiency_for(
     calibration: Calibration, gpu: GpuSpec, kernel: str, engine_version: str | None = None
 ) -> Efficiency:
     """What `estimate` takes for a class of kernels: fitted where it was measured, else the prior's median."""
-    found, _ = _fit_for(calibration, gpu, kernel, engine_version)
+    found, _ = fit_for(calibration, gpu, kernel, engine_version)
     return found.efficiency if found else prior(gpu, kernel).median
 
 
-def _fit_for(calibration: Calibration, gpu: GpuSpec, kernel: str, version: str | None) -> tuple[Fit | None, list[str]]:
+def fit_for(calibration: Calibration, gpu: GpuSpec, kernel: str, version: str | None) -> tuple[Fit | None, list[str]]:
     """The fit of this GPU and these kernels, of this version or another."""
     same = {key: fit for key, fit in calibration.fits.items() if (key.gpu, key.kernel) == (gpu.name, kernel)}
     if not same:
