@@ -378,6 +378,17 @@ Objectives = Annotated[
 ]
 
 
+def _flag_names(flags: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError: a name that is none, or is varcas's own."""
+    for flag in flags:
+        if flag in OWN_FLAGS:
+            raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
+        if not FLAG.match(flag):
+            fixed = flag.strip("-").replace("-", "_").lower()
+            raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
+    return flags
+
+
 class Simulation(BaseModel):
     """What a simulated engine cannot know by itself."""
 
@@ -422,6 +433,7 @@ class Phase(BaseModel):
     trials: int | None = Field(default=None, ge=1, description="in place of `study.trials`")
     keep: bool = Field(default=True, description="its winner becomes the base of the next phases")
     claims: list[Claim] = Field(default_factory=list, description="what was said before, to be judged")
+    _flag_names = field_validator("serve", "space")(_flag_names)
 
     @model_validator(mode="after")
     def _searches(self) -> Self:
@@ -468,16 +480,7 @@ class Experiment(BaseModel):
     _origin: str = PrivateAttr(default="")
     _lines: dict[Place, int] = PrivateAttr(default_factory=dict)
 
-    @field_validator("serve", "baseline", "space")
-    @classmethod
-    def _flag_names(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        for flag in flags:
-            if flag in OWN_FLAGS:
-                raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
-            if not FLAG.match(flag):
-                fixed = flag.strip("-").replace("-", "_").lower()
-                raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
-        return flags
+    _flag_names = field_validator("serve", "baseline", "space")(_flag_names)
 
     @field_validator("slo", mode="before", json_schema_input_type=dict[str, float] | str)
     @classmethod

@@ -603,7 +603,7 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         again: the command that confirms a winner that is unconfirmed.
     """
     lines = [
-        f"# {answer.study}: {answer.verdict.replace('_', ' ')}",
+        f"# {answer.study}: {answer.verdict.replace('_', ' ')}" + (" (SIMULATED)" if answer.simulated else ""),
         "",
         answer.headline[:1].upper() + answer.headline[1:] + ".",
         "",
@@ -621,7 +621,9 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         ]
     if answer.command:
         unsure = answer.verdict == "unconfirmed"
-        lines += ["", "Deploy (unconfirmed):" if unsure else "Deploy:", f"  {answer.script or answer.command}"]
+        marks = [*(["SIMULATED: never measured"] if answer.simulated else []), *(["unconfirmed"] if unsure else [])]
+        head = f"Deploy ({', '.join(marks)}):" if marks else "Deploy:"
+        lines += ["", head, f"  {answer.script or answer.command}"]
         lines += ["", "To confirm it:", f"  {again}"] if unsure and again else []
     if answer.front:
         lines += ["", "Pareto front:"]
