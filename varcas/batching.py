@@ -459,15 +459,18 @@ class Batcher:
     # its end
 
     def deliver(self, step: Step, end_s: float) -> tuple[Stream, ...]:
-        """The step has ended: what ended with it lets go of its blocks, and is returned."""
+        """The step has ended: what ended with it lets go of its blocks, and is returned.
+
+        `times_s` tells of that until the next step ends.
+        """
+        if len(self.ends_s) > 2 * MAX_KEPT:
+            self._forget()
         self.ends_s.append(end_s)
         self.output_tokens += step.output_tokens
         self.prompt_tokens += step.prompt_tokens
         for stream in step.ending:
             del self.running[stream]
             self._free(stream)
-        if len(self.ends_s) > 2 * MAX_KEPT:
-            self._forget()
         return step.ending
 
     def _forget(self) -> None:
