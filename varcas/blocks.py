@@ -8,6 +8,7 @@ same time stays without a key, as if it held nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
 Key = Hashable
@@ -23,7 +24,7 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._blank = num_blocks
-        self._unused: dict[Key, None] = {}  # cached, nobody's, the longest unused first
+        self._unused: OrderedDict[Key, None] = OrderedDict()  # cached, nobody's, the longest unused first
         self._users: dict[Key, int] = {}  # cached and in use: by how many sequences
 
     @property
@@ -58,7 +59,7 @@ class BlockPool:
         blank = min(count, self._blank)
         self._blank -= blank
         for _ in range(count - blank):
-            del self._unused[next(iter(self._unused))]
+            self._unused.popitem(last=False)
 
     def name(self, key: Key) -> bool:
         """Gives a block that is held its key; False when another block has it already."""

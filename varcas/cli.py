@@ -132,7 +132,9 @@ def simulate(
     Example: `varcas simulate experiments/llama2_7b_awq_t4.yaml --results results/simulated`
     """
     if (experiment is None) == (validate is None):
-        raise InputError("EXPERIMENT, --validate: give one of them: an experiment to simulate, or a store to compare with.")
+        raise InputError(
+            "EXPERIMENT, --validate: give one of them: an experiment to simulate, or a store to compare with."
+        )
     if validate is not None:
         from varcas.truth import validate as run_validate
         from varcas.truth import validation_text

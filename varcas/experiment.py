@@ -397,7 +397,10 @@ class Simulation(BaseModel):
         default=None, description="of vLLM to simulate (default: the one installed here, else 0.32.0)"
     )
     acceptance: float = Field(
-        default=0.4, ge=0, le=1, description="probability that a drafted token is accepted: an assumption, no measurement"
+        default=0.4,
+        ge=0,
+        le=1,
+        description="probability that a drafted token is accepted: an assumption, no measurement",
     )
     start_sd_frac: float = Field(
         default=0.02, ge=0, description="standard deviation of a server start's own speed, as measured ones differ"

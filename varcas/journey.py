@@ -1,7 +1,7 @@
 """An experiment in phases: each is searched from the winner so far, and the answer says what each step brought.
 
-A phase is a study of its own, `NAME.PHASE`, run by `sweeper.sweep` like any other, so that it is confirmed, resumed and
-looked at like any other. Its baseline is the winner so far with the phase's own `serve` over it; what beats that in fresh
+A phase is a study of its own, `NAME.PHASE`, run by `sweeper.sweep`, so that it is confirmed, resumed and looked at like
+any other. Its baseline is the winner so far with the phase's own `serve` over it; what beats that in fresh
 starts is what the next phase starts from. What somebody said of a configuration before (`claims`) is tried in its phase
 and judged by what is found there.
 """
@@ -22,14 +22,23 @@ from varcas.errors import InputError
 from varcas.experiment import Claim, Experiment, Flags, Hardware, Objective, Phase
 from varcas.intervals import t_quantile
 from varcas.records import TrialRow
-from varcas.report import GainOut, Recommendation, difference, has_unreal_acceptance, percent, settings_text, value
+from varcas.report import (
+    ACCEPTANCE_NOT_REAL,
+    GainOut,
+    Recommendation,
+    difference,
+    has_unreal_acceptance,
+    percent,
+    settings_text,
+    value,
+)
 from varcas.space import ServingConfig
 from varcas.store import Store
 from varcas.sweeper import Event, check, sweep
 
 Effect = Literal["helps", "no difference", "hurts", "fails", "not real", "not measured"]
 START_SD_FRAC = 0.04
-"""Starts of one configuration differ by 1-4 % (research/orchestration.md); taken where a phase has no repeated starts."""
+"""Starts of one configuration differ by 1-4 %, as measured; taken where a phase has no repeated starts."""
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -53,7 +62,7 @@ class Judged(BaseModel):
     model_config = _FROZEN
     said: str
     found: Found
-    agrees: bool
+    agrees: bool | None = Field(description="null: what is found decides nothing")
     figures: dict[str, float] = Field(description="as claimed")
     note: str | None
 
@@ -171,6 +180,7 @@ def run_phases(
     ends_s = None if budget_s is None else time.monotonic() + budget_s
     stages: list[Stage] = []
     deployed: Recommendation | None = None
+    best: float | None = None  # the objective of the winner so far, in its own phase
     for phase in experiment.phases:
         study = study_of(experiment, phase, base)
         on_event(Event("note", text=f"phase {phase.name}" + (f": {phase.why}" if phase.why else "")))
@@ -185,7 +195,9 @@ def run_phases(
             continue
         kept = phase.keep and answer.verdict in ("better", "no_baseline") and answer.deploy is not None
         rows = Store(study.results, readonly=True).rows(study.name)
-        stages.append(_stage(phase, study, answer, rows, kept))
+        before = best if phase.hardware or phase.model else None
+        stages.append(_stage(phase, study, answer, rows, kept, before))
+        best = stages[-1].winner_value if kept or best is None else best
         if kept and answer.deploy is not None:
             base = Base(study.model, study.revision, study.hardware, answer.deploy)
         if kept or (deployed is None and answer.has_answer):
@@ -233,9 +245,9 @@ def _not_run(phase: Phase, study: Experiment, why: str) -> Stage:
 
 
 def _stage(
-    phase: Phase, study: Experiment, answer: Recommendation, rows: Sequence[TrialRow], kept: bool
+    phase: Phase, study: Experiment, answer: Recommendation, rows: Sequence[TrialRow], kept: bool, before: float | None
 ) -> Stage:
-    looked = _Looked(study, rows)
+    looked = _Looked(study, rows, before)
     configs = {row.config_hash: json.loads(row.config_json) for row in rows}
     found = [looked.found(flags) for flags in configs.values()]
     return Stage(
@@ -261,18 +273,25 @@ def _stage(
 
 def _judged(claim: Claim, looked: _Looked) -> Judged:
     found = looked.found({**looked.base, **claim.flags}, tuple(claim.figures))
-    is_base = not found.flags
-    if claim.helps is None:
-        agrees = found.effect == "fails" if not is_base else found.value is not None
-    else:
-        agrees = (found.effect == "helps") == claim.helps
+    agrees: bool | None = None
+    if found.effect == "fails":
+        agrees = claim.helps is None
+    elif found.effect in ("helps", "no difference", "hurts"):
+        agrees = (found.effect == "helps") == claim.helps if claim.helps is not None else not found.flags
     return Judged(said=claim.said, found=found, agrees=agrees, figures=claim.figures, note=claim.note)
 
 
 class _Looked:
-    """The rows of one phase, configuration by configuration."""
+    """The rows of one phase, configuration by configuration.
 
-    def __init__(self, study: Experiment, rows: Sequence[TrialRow]) -> None:
+    Args:
+        study: the phase as an experiment.
+        rows: its.
+        before: the objective of the winner so far, which the base is held against where it runs on something else.
+    """
+
+    def __init__(self, study: Experiment, rows: Sequence[TrialRow], before: float | None = None) -> None:
+        self._before = before
         self._study, self._objective = study, study.objectives[0]
         self.base: dict[str, JsonValue] = {**study.serve, **study.baseline}
         self._rows: dict[str, list[TrialRow]] = {}
@@ -294,9 +313,11 @@ class _Looked:
         rows = self._of(flags)
         config = ServingConfig(self._study.model, self._study.revision, flags)
         changes = difference(dict(ServingConfig("", None, self.base).flags), dict(config.flags))
-        mine, base = self.value_of(flags), self.value_of(self.base)
-        ratio = mine / base if mine is not None and base else None
+        mine, other = self.value_of(flags), self.value_of(self.base) if changes else self._before
+        ratio = mine / other if mine is not None and other else None
         effect, cause, hint = self._effect(rows, ratio)
+        if effect == "no difference" and changes and other is None:  # it runs, and the base does not
+            effect = "helps"
         measured = {name: [getattr(row, name) for row in _good(rows)] for name in figures}
         return Found(
             flags=changes,
@@ -317,9 +338,9 @@ class _Looked:
             kind = row.reason_rule or row.failure_kind or "; ".join(row.invalid_reasons) or row.state
             said = f"{kind}: {row.failure_detail}" if row.failure_detail else kind
             return ("fails" if row.state in ("failed", "infeasible") else "not measured"), said, row.failure_hint
-        unreal = next((text for row in rows if has_unreal_acceptance(row) for text in row.warnings), None)
-        if unreal is not None:
-            return "not real", unreal, None
+        if any(has_unreal_acceptance(row) for row in rows):
+            texts = [text for row in rows for text in row.warnings if text.startswith(ACCEPTANCE_NOT_REAL)]
+            return "not real", texts[0], None
         if ratio is None or ratio <= 0 or abs(math.log(ratio)) <= self._half:
             return "no difference", None, None
         return ("helps" if (ratio > 1) == (self._objective.direction == "maximize") else "hurts"), None, None
@@ -392,14 +413,19 @@ def _stage_lines(stage: Stage) -> list[str]:
 
 def _found_text(one: Found) -> str:
     what = settings_text(one.flags, one.flags) if one.flags else "the base"
-    change = f", {one.ratio - 1:+.1%} ({_figure(one.value)})" if one.ratio is not None and one.flags else ""
-    text = f"{what}: {one.effect}{change}" if one.flags else f"{what}: {_figure(one.value)}"
+    over = "" if one.flags else " over the winner so far"
+    change = f", {one.ratio - 1:+.1%}{over} ({_figure(one.value)})" if one.ratio is not None else ""
+    text = f"{what}: {one.effect}{change}" if change or one.value is None else f"{what}: {_figure(one.value)}"
     text += f": {one.cause}" if one.cause else ""
     return text + (f". {one.hint}" if one.hint else "")
 
 
+def _agreement(claim: Judged) -> str:
+    return "open" if claim.agrees is None else "agrees" if claim.agrees else "differs"
+
+
 def _claim_lines(stage: Stage, claim: Judged) -> list[str]:
-    lines = [f"- {stage.name}: \"{claim.said}\": {'agrees' if claim.agrees else 'differs'}: {_found_text(claim.found)}"]
+    lines = [f'- {stage.name}: "{claim.said}": {_agreement(claim)}: {_found_text(claim.found)}']
     if claim.figures:
         beside = ", ".join(
             f"{name} {said:g}, here {_figure(claim.found.figures.get(name))}" for name, said in claim.figures.items()

@@ -131,7 +131,7 @@ def usable(row: TrialRow, objective: Objective | None = None) -> bool:
 
 
 ACCEPTANCE_NOT_REAL = "acceptance_not_real"
-"""Begins the warning of a row whose speed hangs on how many drafts were accepted, where that says nothing of real text."""
+"""Begins the warning of a row whose speed hangs on how many drafts were accepted, where that is not real text's."""
 
 
 def unreal_acceptance(flags: Mapping[str, JsonValue], *, simulated: bool, acceptance: float) -> str | None:

@@ -1,9 +1,9 @@
 """The simulated engine: the same experiment, configurations, traffic and rows as a real server's, in virtual time.
 
 What starts is decided by `rules` and `memory`, what a step takes by `calibration`'s fit to real measurements (without
-any, by stated priors), what is in a step by `batching`. Each start has a speed of its own, drawn from its study and label,
-so that confirmation by fresh starts means what it means on real servers. Every outcome is marked by `engine: simulated`;
-nothing here ever starts, asks or loads anything.
+any, by stated priors), what is in a step by `batching`. Each start has a speed of its own, drawn from its study and
+label, so that confirmation by fresh starts means what it means on real servers. Nothing here ever starts, asks or loads
+anything, and every row is marked by `engine: simulated`.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Simulator:
         load = VirtualLoad(drawn, engine, duration_s=workload.duration_s, max_drain_s=workload.max_drain_s)
         facts = ServerFacts(
             engine_version=self.version,
-            resolved=task.resolved and dict(task.resolved),
+            resolved=dict(task.resolved),
             kv_cache_tokens=engine.limits.num_blocks * engine.limits.block_size,
             model_revision=self.revision,
         )
@@ -285,8 +285,8 @@ class Simulator:
         if method in (None, *DRAFT_METHODS) and draft is not None and isinstance(count, int):
             return draft, count
         raise InputError(
-            f"speculative_config: {json.dumps(told)}: the simulated engine knows {', '.join(LOOKUP_METHODS)}, and draft "
-            "models whose config.json can be found. Take it out, or run it on a real server."
+            f"speculative_config: {json.dumps(told)}: the simulated engine knows {', '.join(LOOKUP_METHODS)}, and "
+            "draft models whose config.json can be found. Take it out, or run it on a real server."
         )
 
     def _draft_clock(self, model: ModelSpec, draft: ModelSpec, serve: Serve) -> StepClock:

@@ -21,10 +21,10 @@ from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware
+from varcas.inprocess import InProcessPool
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.inprocess import InProcessPool
 from varcas.pool import Finished, LostServiceError, Pool, Workers, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
@@ -43,6 +43,7 @@ from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
 from varcas.study import Proposal, Study, make_sampler, open_study
 from varcas.trial import TrialTask, run_trial
+from varcas.validity import UNCHECKED
 from varcas.workload.schedule import check_workload, identity
 
 POLL_S = 0.25
@@ -199,8 +200,8 @@ def _simulated_note(experiment: Experiment, simulator: Simulator) -> str:
     named = unmodelled({*flags, *experiment.space})
     said = f"; without effect here: {', '.join(named)}" if named else ""
     return (
-        f"SIMULATED: no server is started. vLLM {simulator.version} on {simulator.gpu.name}; step times of the baseline "
-        f"from {simulator.basis(flags)}{said}"
+        f"SIMULATED: no server is started. vLLM {simulator.version} on {simulator.gpu.name}; step times of the "
+        f"baseline from {simulator.basis(flags)}{said}"
     )
 
 
@@ -264,7 +265,7 @@ class Sweeper:
         node: Callable[..., Any],
     ) -> None:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
-        self._make_node = node
+        self._make_node, self._simulated = node, experiment.engine == "simulated"
         self._workload = identity(experiment.workload)
         self._emit, self._stopping, self._run = on_event, stopping, run
         self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
@@ -375,7 +376,7 @@ class Sweeper:
             "workload": self._workload,
             "slo": dict(e.slo),
             "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
-            **({"simulation": json.loads(e.simulation.model_dump_json())} if e.engine == "simulated" else {}),
+            **({"simulation": json.loads(e.simulation.model_dump_json())} if self._simulated else {}),
         }
 
     # search
@@ -659,8 +660,7 @@ class Sweeper:
         """What is about to be spent, from the start times that this study's store has seen."""
         workload, study = self.experiment.workload, self.experiment.study
         measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
-        simulated = self.experiment.engine == "simulated"
-        guess = 0.0 if simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
+        guess = 0.0 if self._simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
         load_s = workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
@@ -674,7 +674,7 @@ class Sweeper:
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=SIMULATED_S if simulated else load_s,
+            load_s=SIMULATED_S if self._simulated else load_s,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
@@ -754,14 +754,15 @@ class Sweeper:
         outcome: Outcome = finished.result
         columns = outcome_columns(outcome, self.experiment)
         columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
-        columns["warnings"] = [*columns.get("warnings", []), *self._own_warnings(job.proposal.config)]
+        found = [text for text in columns.get("warnings", []) if not (self._simulated and text.startswith(UNCHECKED))]
+        columns["warnings"] = [*found, *self._own_warnings(job.proposal.config)]
         return self._row(job, **columns), outcome
 
     def _own_warnings(self, config: ServingConfig) -> list[str]:
         """What is to be said of a measurement because of how it was made."""
-        simulated = self.experiment.engine == "simulated"
-        said = unreal_acceptance(config.flags, simulated=simulated, acceptance=self.experiment.simulation.acceptance)
-        named = unmodelled(config.flags) if simulated else []
+        acceptance = self.experiment.simulation.acceptance
+        said = unreal_acceptance(config.flags, simulated=self._simulated, acceptance=acceptance)
+        named = unmodelled(config.flags) if self._simulated else []
         text = f"without effect in a simulated engine: {', '.join(named)}"
         return [*([said] if said else []), *([text] if named else [])]
 
@@ -787,7 +788,7 @@ class Sweeper:
             "model_revision": self.facts.model_revision,
             "engine": e.engine,
             "engine_version": self.facts.engine_version,
-            "simulated": e.engine == "simulated",
+            "simulated": self._simulated,
             "workload_json": workload.model_dump_json(),
             "profile": workload.name,
             "rate_rps": workload.mean_rps and float(workload.mean_rps),

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas import gpus
-from varcas.calibration import Calibration, Traffic, estimate
+from varcas.calibration import Calibration, Traffic
 from varcas.errors import InputError, TrialError
 from varcas.experiment import Experiment, Hardware, Simulation
 from varcas.intervals import t_quantile
@@ -362,8 +362,8 @@ def validation_text(found: Validation) -> str:
     lines = [
         f"# Simulated against measured: {found.store}",
         "",
-        f"{len(found.predictions)} configurations, {found.starts} starts, in {found.folds} parts: each part is predicted "
-        "from the others' measurements alone.",
+        f"{len(found.predictions)} configurations, {found.starts} starts, in {found.folds} parts: each part is "
+        "predicted from the others' measurements alone.",
         "",
         "| configuration | load | starts | tokens/s | error | TPOT ms | error | TTFT p50 ms | error | |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|---|",
@@ -415,8 +415,8 @@ def _order_lines(found: Validation) -> list[str]:
     lines = []
     if found.start_spread_frac is not None and found.error_in_spreads is not None:
         lines.append(
-            f"Starts of one configuration differ by {found.start_spread_frac:.1%} (standard deviation): the median error "
-            f"of tokens/s is {found.error_in_spreads:.1f} times that."
+            f"Starts of one configuration differ by {found.start_spread_frac:.1%} (standard deviation): the median "
+            f"error of tokens/s is {found.error_in_spreads:.1f} times that."
         )
     order = found.order
     if order.tau is None:
@@ -424,6 +424,6 @@ def _order_lines(found: Validation) -> list[str]:
     met = "met" if order.tau >= LEAST_TAU else "missed"
     return [
         *lines,
-        f"Order: Kendall's tau {order.tau:.2f} over the {order.pairs} of {order.of} pairs whose measured gap exceeds its "
-        f"interval; aim ≥ {LEAST_TAU}: {met}.",
+        f"Order: Kendall's tau {order.tau:.2f} over the {order.pairs} of {order.of} pairs whose measured gap exceeds "
+        f"its interval; aim ≥ {LEAST_TAU}: {met}.",
     ]
