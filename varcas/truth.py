@@ -24,7 +24,8 @@ from varcas.errors import InputError, TrialError
 from varcas.experiment import Experiment, Hardware, Simulation
 from varcas.intervals import t_quantile
 from varcas.metrics import summarise
-from varcas.records import TrialRow
+from varcas.records import MEASUREMENT_VERSION, RequestRecord, ScheduledRequest, TrialRow
+from varcas.pruner import server_decides
 from varcas.report import has_unreal_acceptance, settings_text
 from varcas.simulated import Simulator
 from varcas.store import Store
@@ -201,6 +202,7 @@ def _unfit(row: TrialRow) -> str | None:
         row.state: row.state != "complete",
         "not valid": row.valid is not True,
         "of an endpoint": row.engine != "vllm",
+        f"of measurement version {row.measurement_version}": row.measurement_version != MEASUREMENT_VERSION,
         "measured on a running server": row.measured_live,
         "with an acceptance that is not real": has_unreal_acceptance(row) or "speculative_config" in row.flags,
     }
@@ -218,7 +220,7 @@ class _Predictor:
         row = case.rows[0]
         simulator = self._simulator(case)
         flags: dict[str, JsonValue] = json.loads(row.config_json)
-        columns, failed, beyond = _simulated(simulator, flags, case)
+        columns, failed, beyond = _simulated(simulator, flags, case, self._store.requests(row.trial_id))
         return Prediction(
             study=row.study,
             numbers=[one.number for one in case.rows],
@@ -254,7 +256,7 @@ class _Predictor:
 
 
 def _simulated(
-    simulator: Simulator, flags: Mapping[str, JsonValue], case: _Case
+    simulator: Simulator, flags: Mapping[str, JsonValue], case: _Case, records: Sequence[RequestRecord]
 ) -> tuple[dict[str, Any], str | None, list[str]]:
     """Columns of a simulated measurement, why there are none, and in what it extrapolates."""
     workload = case.experiment.workload
@@ -263,7 +265,7 @@ def _simulated(
     except TrialError as error:
         return {}, f"{error.kind}: {error.detail}", []
     length = engine.limits.max_model_len
-    drawn = schedule(workload, start_s=0.0, duration_s=workload.duration_s, max_len=length, stream="measure")
+    drawn = _asked(case, length, records)
     load = VirtualLoad(drawn, engine, duration_s=workload.duration_s, max_drain_s=workload.max_drain_s)
     result = load.result()
     traffic = Traffic(
@@ -272,6 +274,19 @@ def _simulated(
     )  # fmt: skip
     columns = summarise(result, case.experiment.slo, load.samples, arrival=workload.arrives.kind)
     return columns, None, list(simulator.beyond(flags, traffic))
+
+
+def _asked(case: _Case, length: int, records: Sequence[RequestRecord]) -> Sequence[ScheduledRequest]:
+    """What was really asked, where an earlier varcas drew other requests from the same seed; else the schedule."""
+    workload = case.experiment.workload
+    drawn = schedule(workload, start_s=0.0, duration_s=workload.duration_s, max_len=length, stream="measure")
+    came = [(record.scheduled_prompt_tokens, record.scheduled_output_tokens) for record in records]
+    if server_decides(workload, drawn) or came == [(one.prompt_tokens, one.output_tokens) for one in drawn]:
+        return drawn
+    return [
+        ScheduledRequest(at, record.scheduled_s, prompt, output, seed=at, conversation=at)
+        for at, (record, (prompt, output)) in enumerate(zip(records, came, strict=True))
+    ]
 
 
 def _compared(case: _Case, columns: Mapping[str, Any]) -> dict[str, Compared]:
