@@ -113,7 +113,7 @@ class Simulator:
         most = None if gpu.measured else experiment.hardware.count
         site = site_of(experiment, facts, best, on_cpu=gpu.measured, gpus_per_node=most)
         site = replace(site, drafts={**site.drafts, **_drafts(experiment)})
-        calibration = calibrated(gpu, rows, requests)
+        calibration = calibrated(gpu, experiment.model, rows, requests)
         return cls(experiment, found.model, revision, gpu, site, calibration, version)
 
     def node(self, server: Server, model: str, revision: str | None) -> SimulatedNode:
@@ -407,10 +407,17 @@ def _resolved(serve: Serve, flags: Flags, is_async: bool) -> dict[str, Any]:
 
 
 def calibrated(
-    gpu: GpuSpec, rows: Iterable[TrialRow], requests: Callable[[str], Sequence[RequestRecord]] | None = None
+    gpu: GpuSpec,
+    model: str,
+    rows: Iterable[TrialRow],
+    requests: Callable[[str], Sequence[RequestRecord]] | None = None,
 ) -> Calibration:
-    """Fits to the latest real measurements on a GPU, of whatever model that is described."""
+    """Fits to the latest real measurements on a GPU: of this model, or of whatever is described where it has none.
+
+    What the host does in a step grows with a model's layers, which the law does not know: its own starts tell it.
+    """
     here = [row for row in rows if not row.simulated and row.state == "complete" and _is_on(row, gpu)]
+    here = [row for row in here if row.model == model] or here
     latest = sorted(here, key=lambda row: row.started_at)[-MAX_ROWS:]
     models: dict[str, ModelSpec] = {}
     for name in {row.model for row in latest}:

@@ -7,6 +7,7 @@ with those of the others alone; a configuration is never predicted from starts o
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import random
@@ -23,9 +24,10 @@ from varcas.calibration import Calibration, Traffic
 from varcas.errors import InputError, TrialError
 from varcas.experiment import Experiment, Hardware, Simulation
 from varcas.intervals import t_quantile
+from varcas.known import find_model
 from varcas.metrics import summarise
-from varcas.records import MEASUREMENT_VERSION, RequestRecord, ScheduledRequest, TrialRow
 from varcas.pruner import server_decides
+from varcas.records import MEASUREMENT_VERSION, RequestRecord, ScheduledRequest, TrialRow
 from varcas.report import has_unreal_acceptance, settings_text
 from varcas.simulated import Simulator
 from varcas.store import Store
@@ -179,7 +181,7 @@ def _cases(store: Store) -> tuple[list[_Case], dict[str, int]]:
     groups: dict[str, list[TrialRow]] = {}
     left_out: dict[str, int] = {}
     for row in store.rows():
-        reason = _unfit(row)
+        reason = _unfit(row) or _undescribed(row.model)
         if reason is not None:
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
@@ -207,6 +209,15 @@ def _unfit(row: TrialRow) -> str | None:
         "with an acceptance that is not real": has_unreal_acceptance(row) or "speculative_config" in row.flags,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@functools.cache
+def _undescribed(model: str) -> str | None:
+    try:
+        find_model(model)
+    except InputError:
+        return f"of {model}, whose config.json is not found here"
+    return None
 
 
 class _Predictor:
