@@ -97,7 +97,7 @@ def test_a_start_script_starts_nothing_unless_it_is_forced(swept: Experiment, tm
     assert "SIMULATED" in refused.stderr
     assert refused.stdout == ""
     forced = subprocess.run(
-        [answer.script], env=env | {"VARCAS_START_SIMULATED": "1"}, capture_output=True, text=True, check=True
+        [answer.script], env=env | {"VARCAS_SIMULATED_OK": "1"}, capture_output=True, text=True, check=True
     )
     assert forced.stdout.startswith("started")
     assert "SIMULATED" in Path(answer.script).read_text().splitlines()[1]

@@ -27,7 +27,7 @@ TIMES = {
 EFFICIENCIES = st.builds(
     Efficiency,
     st.floats(1e-4, 0.1), st.floats(1e-6, 1e-3), st.floats(0.1, 1), st.floats(0.1, 1), st.floats(0.1, 1),
-    st.floats(1e-4, 0.1), overlaps=st.booleans(),
+    st.floats(1e-4, 0.1), overlaps=st.booleans(), adds=st.booleans(),
 )  # fmt: skip
 
 

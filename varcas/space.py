@@ -23,9 +23,9 @@ from varcas.experiment import FLAG, OWN_FLAGS, Choices, Experiment, Range
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
 SIMULATED_GUARD = (
     "",
-    'if [ "${VARCAS_START_SIMULATED:-}" != 1 ]; then',
+    'if [ "${VARCAS_SIMULATED_OK:-}" != 1 ]; then',
     '  echo "$0: SIMULATED: no server was ever measured with these flags. Measure them, or set'
-    ' VARCAS_START_SIMULATED=1" >&2',
+    ' VARCAS_SIMULATED_OK=1" >&2',
     "  exit 1",
     "fi",
 )
