@@ -7,9 +7,9 @@
 
 Matrices and attention are kernels that run one after the other, so their times add; within a kernel, traffic hides
 behind arithmetic or the other way round, but on a CPU, where the two add up. The host runs ahead when it launches a
-GPU's kernels one by one (eager): the
-longer of the two sets the pace. The shares f and the overheads are `Efficiency`: fitted by `calibration`, else a prior.
-An estimate, never for hard rules. Vectorised over batch, context and prompt tokens of the step.
+GPU's kernels one by one (eager): the longer of the two sets the pace. The shares f and the overheads are `Efficiency`:
+fitted by `calibration`, else a prior. An estimate, never for hard rules. Vectorised over batch, context and
+prompt tokens of the step.
 """
 
 from __future__ import annotations

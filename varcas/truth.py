@@ -73,6 +73,7 @@ class Prediction(BaseModel):
     load: str
     flags: dict[str, JsonValue]
     starts: int
+    live: bool = Field(description="measured on a running server whose limits were changed")
     saturated: bool
     beyond: list[str] = Field(description="in what it leaves the measurements that it was predicted from")
     failed: str | None = Field(description="why the simulated engine would not have started, though the real one did")
@@ -205,7 +206,6 @@ def _unfit(row: TrialRow) -> str | None:
         "not valid": row.valid is not True,
         "of an endpoint": row.engine != "vllm",
         f"of measurement version {row.measurement_version}": row.measurement_version != MEASUREMENT_VERSION,
-        "measured on a running server": row.measured_live,
         "with an acceptance that is not real": has_unreal_acceptance(row) or "speculative_config" in row.flags,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -240,7 +240,8 @@ class _Predictor:
             engine_version=row.engine_version,
             load=case.experiment.workload.described,
             flags=flags,
-            starts=len(case.rows),
+            starts=len({one.server_id for one in case.rows}),
+            live=row.measured_live,
             saturated=any(one.saturated for one in case.rows),
             beyond=beyond,
             failed=failed,
@@ -421,7 +422,11 @@ def _prediction_line(one: Prediction, common: Mapping[str, JsonValue]) -> str:
     for metric in ("output_tokens_per_s", "tpot_mean_ms", "ttft_p50_ms"):
         found = one.metrics.get(metric)
         cells += ["-", "-"] if found is None else [_arrow(found), f"{found.error_frac:+.1%}"]
-    marks = ["saturated"] * one.saturated + [f"extrapolates: {'; '.join(one.beyond)}"] * bool(one.beyond)
+    marks = (
+        ["live"] * one.live
+        + ["saturated"] * one.saturated
+        + [f"extrapolates: {'; '.join(one.beyond)}"] * bool(one.beyond)
+    )
     marks += [f"would not start: {one.failed}"] if one.failed else []
     return f"| {' | '.join([*cells, ', '.join(marks)])} |"
 
