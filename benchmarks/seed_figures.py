@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/seed_figures.py
 
 A T4, Llama-2-7B-AWQ, chat-medium at 20 requests/s; vLLM 0.15.1, which the seed names and which runs the plain AWQ
-kernel, and 0.32.0, which runs Marlin. Step times are the published T4 priors of `calibration`: no T4 was measured and no
-constant is fitted to the seed's numbers. `of answers alone`: tokens of requests that ended within the window.
+kernel, and 0.32.0, which runs Marlin. Step times are the published T4 priors of `calibration`: no T4 was measured and
+no constant is fitted to the seed's. `of answers alone`: tokens of requests that ended within the window.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def test_what_cannot_be_simulated_is_refused_before_anything_runs(tmp_path: Path
         made = experiment(tmp_path, baseline=flags)
         with pytest.raises(InputError, match="real server"):
             sweep(made)
-    with pytest.raises(InputError, match="needs to be told which"):
+    with pytest.raises(InputError, match="a simulated engine needs one"):
         sweep(experiment(tmp_path, gpu="auto"))
     with pytest.raises(InputError, match="no such flag"):
         sweep(experiment(tmp_path, baseline={"max_num_seq": 8}))

@@ -39,6 +39,8 @@ from varcas.sweeper import Event, check, sweep
 Effect = Literal["helps", "no difference", "hurts", "fails", "not real", "not measured"]
 START_SD_FRAC = 0.04
 """Starts of one configuration differ by 1-4 %, as measured; taken where a phase has no repeated starts."""
+NEAR_FRAC = 0.2
+"""Figures that differ by no more agree: another machine, another day."""
 _FROZEN = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -277,8 +279,16 @@ def _judged(claim: Claim, looked: _Looked) -> Judged:
     if found.effect == "fails":
         agrees = claim.helps is None
     elif found.effect in ("helps", "no difference", "hurts"):
-        agrees = (found.effect == "helps") == claim.helps if claim.helps is not None else not found.flags
+        agrees = (found.effect == "helps") == claim.helps if claim.helps is not None else _is_near(claim, found)
     return Judged(said=claim.said, found=found, agrees=agrees, figures=claim.figures, note=claim.note)
+
+
+def _is_near(claim: Claim, found: Found) -> bool | None:
+    """Whether the figures of something that was said to run, or not to, are as they were given; None without any."""
+    if found.flags:
+        return False  # it was said not to run
+    pairs = [(said, found.figures.get(name)) for name, said in claim.figures.items()]
+    return all(seen is not None and abs(seen / said - 1) <= NEAR_FRAC for said, seen in pairs) if pairs else None
 
 
 class _Looked:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from packaging.version import Version
 from pydantic import JsonValue
 
-from varcas import gpus
+from varcas import gpus, hardware
 from varcas.batching import Limits, Step
 from varcas.calibration import Calibration, Traffic, calibrate, efficiency_for, estimate, fit_for
 from varcas.engine.node import Checked, NodeFacts
@@ -109,7 +109,7 @@ class Simulator:
         revision = hashlib.sha256(text.encode()).hexdigest()[:16]
         version = _version(experiment, gpu)
         facts = _facts(experiment, gpu, version, revision, text)
-        best = None if gpu.measured else gpu_at_best(experiment.hardware.gpu, facts)
+        best = None if gpu.measured else gpu_at_best(gpu.ray, facts)
         most = None if gpu.measured else experiment.hardware.count
         site = site_of(experiment, facts, best, on_cpu=gpu.measured, gpus_per_node=most)
         site = replace(site, drafts={**site.drafts, **_drafts(experiment)})
@@ -439,9 +439,11 @@ def _gpu(experiment: Experiment) -> GpuSpec:
     """Raises InputError: none is named, or one that the catalogue lacks."""
     name = experiment.hardware.gpu
     if name == "auto":
+        name = next((found.name for found in hardware.gpus() if gpus.variants(found.name)), name)
+    if name == "auto":
         raise InputError(
-            "hardware.gpu: auto: a simulated engine needs to be told which: a GPU of the catalogue (`varcas gpus`), or "
-            "`cpu` for this host's."
+            "hardware.gpu: auto: this host has none that is known, and a simulated engine needs one: a GPU of the "
+            "catalogue (`varcas gpus`), or `cpu` for this host's."
         )
     try:
         return gpus.this_cpu() if name == "cpu" else gpus.gpu(name)
