@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Hashable
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -303,3 +311,78 @@ def test_a_shared_block_is_free_when_nobody_uses_it(count: int) -> None:
         assert pool.free == 0
     pool.give_back(["a"], 0)
     assert pool.free == 1
+
+
+# ---- vLLM's own scheduler
+
+
+def drawn_cases(count: int, seed: int = 5) -> list[dict[str, Any]]:
+    """Loads that crowd a small cache, synchronous and asynchronous in turn."""
+    rng = random.Random(seed)
+    cases = []
+    for number in range(count):
+        bounds = {
+            "max_num_seqs": rng.choice([1, 2, 4, 8]),
+            "max_num_batched_tokens": rng.choice([16, 40, 64, 512]),
+            "max_model_len": 512,
+            "num_blocks": rng.choice([33, 36, 40, 60]),
+            "block_size": rng.choice([16, 16, 32]),
+            "enable_chunked_prefill": True,
+            "enable_prefix_caching": rng.random() < 0.7,
+            "long_prefill_token_threshold": 0,
+        }
+        requests, step = [], 0
+        for _ in range(rng.randint(1, 20)):
+            step += rng.choice([0, 0, 1, 3, 20])
+            prompt = rng.randint(2, 200)
+            requests.append([step, prompt, min(prompt - 1, rng.choice([0, 0, 48, 64])), rng.randint(1, 120)])
+        cases.append({"limits": bounds, "asynchronous": bool(number % 2), "requests": requests})
+    return cases
+
+
+def steps_of(case: dict[str, Any]) -> tuple[list[Any], int]:
+    """As `scheduler_work.steps`, of the model; and how often it preempted."""
+    bounds = Limits(**case["limits"])
+    batcher, waiting, size = Batcher(bounds), list(enumerate(case["requests"])), bounds.block_size
+    seen: list[Any] = []
+    flying: list[Step] = []
+
+    def put_together() -> Step | None:
+        while waiting and waiting[0][1][0] <= len(seen) + len(flying):
+            index, (_, prompt, shared, output) = waiting.pop(0)
+            key = functools.partial(lambda at, own, common: ("p", at) if (at + 1) * size <= common else (own, at),
+                                    own=index, common=shared)  # fmt: skip
+            batcher.add(Stream(index, float(index), prompt, output, key))
+        return batcher.schedule()
+
+    while flying or waiting or batcher.running or batcher.waiting:
+        if not flying:
+            if (step := put_together()) is None:
+                seen.append(None)
+                continue
+            flying.append(step)
+        following = put_together() if case["asynchronous"] else None
+        step = flying.pop(0)
+        ended = sorted(stream.index for stream in batcher.deliver(step, float(len(seen))))
+        seen.append([step.tokens, step.batch + step.prompts, ended, batcher.pool.held])
+        flying += [following] if following is not None else []
+    return [step for step in seen if step is not None], batcher.preemptions
+
+
+@pytest.mark.vllm
+def test_each_step_is_that_of_vllms_own_scheduler(tiny_llama: Path, tmp_path: Path) -> None:
+    """Tokens, sequences, what ends and blocks in use of every step, with preemption and shared prefixes."""
+    cases = drawn_cases(60)
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    words = [sys.executable, str(Path(__file__).with_name("scheduler_work.py")), str(tiny_llama)]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    run = subprocess.run(
+        [*words, str(tmp_path / "cases.json")], env=env, capture_output=True, text=True, check=True, timeout=300
+    )
+    answer = next(line for line in run.stdout.splitlines() if line.startswith("ANSWER"))
+    preemptions = 0
+    for case, theirs in zip(cases, json.loads(answer.removeprefix("ANSWER ")), strict=True):
+        ours, count = steps_of(case)
+        assert ours == theirs
+        preemptions += count
+    assert preemptions > 10

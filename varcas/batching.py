@@ -9,8 +9,9 @@ what ends in that one still holds its place (`virtual.py` calls `schedule` befor
 Sequences that decode are kept as a group: all advance by one token, so a step costs what joins and leaves it, however
 many there are. Simplifications, without effect under vLLM's defaults but for the last: sequences that decode come
 before prompts that are under way, also where `long_prefill_token_threshold` lets a later one overtake; a prompt under
-way that finds no block gives up its own; what ends in the step that runs is not preempted; with speculation every step
-drafts in full, or as much less for each as the budget asks for, and what is accepted is known at once.
+way that finds no block gives up its own; with speculation every step drafts in full, or as much
+less for each as the budget asks for, and what is accepted is known at once. Without speculation `tests/test_batching.py`
+holds each step to that of vLLM's own scheduler.
 """
 
 from __future__ import annotations
@@ -328,27 +329,32 @@ class Batcher:
             self._preempt(self._victim())
 
     def _victim(self) -> Stream:
-        left = [stream for stream in reversed(self.running) if not stream.ending]
-        return max(left, key=lambda stream: stream.rank) if self.limits.priority else left[0]
+        return (
+            max(self.running, key=lambda stream: stream.rank) if self.limits.priority else next(reversed(self.running))
+        )
 
     def _preempt(self, stream: Stream) -> None:
+        flying = self._next - self.first_kept - len(self.ends_s)  # steps whose tokens are not known yet
         if stream in self._partial:
             self._partial.remove(stream)
-        else:
+            flying = 0
+        elif not stream.ending:
             self._decoding.leave(stream, self._next)
             stream.spans.append((stream.span_start, self._next - stream.span_start))
         del self.running[stream]
-        self._free(stream)
-        stream.target, stream.preemptions = stream.prompt_tokens + stream.produced, stream.preemptions + 1
+        self._free(stream, max(stream.target, stream.computed - flying) if flying else stream.computed)
         self.preemptions += 1
+        if stream.ending:  # its last token is on its way all the same
+            return
+        stream.target, stream.preemptions = stream.prompt_tokens + stream.produced, stream.preemptions + 1
         self.waiting.appendleft(stream)
         if self.limits.priority:
             self.waiting = deque(sorted(self.waiting, key=lambda one: one.rank))
 
-    def _free(self, stream: Stream) -> None:
-        """Gives its blocks back, the full ones with their keys."""
+    def _free(self, stream: Stream, known: int) -> None:
+        """Gives its blocks back, the full ones of its known tokens with their keys."""
         size = self.limits.block_size
-        self._name_blocks(stream, min(stream.computed, stream.prompt_tokens + stream.produced))
+        self._name_blocks(stream, min(known, stream.prompt_tokens + stream.produced))
         self.pool.give_back(stream.named, _blocks(stream.slots, size) - len(stream.named))
         stream.named, stream.slots, stream.computed = [], 0, 0
 
@@ -469,8 +475,9 @@ class Batcher:
         self.output_tokens += step.output_tokens
         self.prompt_tokens += step.prompt_tokens
         for stream in step.ending:
-            del self.running[stream]
-            self._free(stream)
+            if stream in self.running:
+                del self.running[stream]
+                self._free(stream, stream.computed)
         return step.ending
 
     def _forget(self) -> None:
