@@ -1,9 +1,9 @@
-"""Runs in a process of its own: what vLLM's own scheduler puts into each step, for loads that `batching` is held against.
+"""Runs in a process of its own: what vLLM's own scheduler puts into each step, which `batching` is held against.
 
     python tests/scheduler_work.py MODEL_DIRECTORY CASES.json
 
-A case has `limits` (fields of `batching.Limits`), `asynchronous`, and `requests`: the step before which each arrives, its
-prompt's tokens, how many of these all requests share, and its answer's. Prints, for each case, steps of
+A case has `limits` (fields of `batching.Limits`), `asynchronous`, and `requests`: the step before which each arrives,
+its prompt's tokens, how many of these all requests share, and its answer's. Prints, for each case, steps of
 `[tokens, sequences, [those that ended], blocks in use]`.
 """
 

@@ -370,11 +370,11 @@ def steps_of(case: dict[str, Any]) -> tuple[list[Any], int]:
 
 
 @pytest.mark.vllm
-def test_each_step_is_that_of_vllms_own_scheduler(tiny_llama: Path, tmp_path: Path) -> None:
+def test_each_step_is_that_of_vllms_own_scheduler(model_dir: Path, tmp_path: Path) -> None:
     """Tokens, sequences, what ends and blocks in use of every step, with preemption and shared prefixes."""
     cases = drawn_cases(60)
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    words = [sys.executable, str(Path(__file__).with_name("scheduler_work.py")), str(tiny_llama)]
+    words = [sys.executable, str(Path(__file__).with_name("scheduler_work.py")), str(model_dir)]
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     run = subprocess.run(
         [*words, str(tmp_path / "cases.json")], env=env, capture_output=True, text=True, check=True, timeout=300

@@ -9,9 +9,9 @@ what ends in that one still holds its place (`virtual.py` calls `schedule` befor
 Sequences that decode are kept as a group: all advance by one token, so a step costs what joins and leaves it, however
 many there are. Simplifications, without effect under vLLM's defaults but for the last: sequences that decode come
 before prompts that are under way, also where `long_prefill_token_threshold` lets a later one overtake; a prompt under
-way that finds no block gives up its own; with speculation every step drafts in full, or as much
-less for each as the budget asks for, and what is accepted is known at once. Without speculation `tests/test_batching.py`
-holds each step to that of vLLM's own scheduler.
+way that finds no block gives up its own; with speculation every step drafts in full, or as much less for each as the
+budget asks for, and what is accepted is known at once. Without threshold and speculation `tests/test_batching.py` holds
+each step to that of vLLM's own scheduler.
 """
 
 from __future__ import annotations
