@@ -370,6 +370,7 @@ def steps_of(case: dict[str, Any]) -> tuple[list[Any], int]:
 
 
 @pytest.mark.vllm
+@pytest.mark.timeout(300)
 def test_each_step_is_that_of_vllms_own_scheduler(model_dir: Path, tmp_path: Path) -> None:
     """Tokens, sequences, what ends and blocks in use of every step, with preemption and shared prefixes."""
     cases = drawn_cases(60)

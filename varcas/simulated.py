@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from statistics import median
 from typing import Any, Literal
 
 from packaging.version import Version
@@ -30,13 +31,13 @@ from varcas.batching import Limits, Step
 from varcas.calibration import Calibration, Traffic, calibrate, efficiency_for, estimate, fit_for
 from varcas.engine.node import Checked, NodeFacts
 from varcas.errors import InputError, TrialError
-from varcas.experiment import Experiment, Server
+from varcas.experiment import Experiment, Server, Workload
 from varcas.gpus import GpuSpec
 from varcas.known import find_model
 from varcas.memory import Serve, block_bytes, loaded_bytes, served_memory, settings, whole
 from varcas.model import ModelSpec
-from varcas.pruner import draft_names, failure_kind, gpu_at_best, site_of
-from varcas.records import HostFacts, Outcome, RequestRecord, ServerFacts, StageTimes, TrialRow
+from varcas.pruner import draft_names, failure_kind, gpu_at_best, server_decides, site_of
+from varcas.records import HostFacts, Outcome, RequestRecord, ScheduledRequest, ServerFacts, StageTimes, TrialRow
 from varcas.rules import Flags, Site, judge, speculation
 from varcas.steptime import StepClock, StepTimes, kernel_of
 from varcas.trial import TrialTask
@@ -45,6 +46,8 @@ from varcas.workload.schedule import schedule
 
 DEFAULT_VERSION = "0.32.0"
 """Of vLLM where none is installed: the one whose scheduler `batching` follows."""
+MAX_FIRST = 6
+"""Latest configurations whose TTFT tells what a request takes before its first step: a simulation each."""
 MAX_ROWS = 64
 """Latest real measurements of the GPU that step times are fitted to, with their requests: some 30 ms each."""
 SLO_RULES = frozenset(("slo_ttft", "slo_tpot", "slo_e2e", "slo_norm"))
@@ -77,6 +80,7 @@ class Simulator:
         site: what the rules know.
         calibration: of real measurements.
         version: of the vLLM that is simulated.
+        request_s: what a request takes before its first step, where measurements tell it; None: the fit's.
     """
 
     experiment: Experiment
@@ -86,6 +90,7 @@ class Simulator:
     site: Site
     calibration: Calibration
     version: str
+    request_s: float | None = None
 
     @classmethod
     def of(
@@ -113,8 +118,10 @@ class Simulator:
         most = None if gpu.measured else experiment.hardware.count
         site = site_of(experiment, facts, best, on_cpu=gpu.measured, gpus_per_node=most)
         site = replace(site, drafts={**site.drafts, **_drafts(experiment)})
-        calibration = calibrated(gpu, experiment.model, rows, requests)
-        return cls(experiment, found.model, revision, gpu, site, calibration, version)
+        known = list(rows)
+        calibration = calibrated(gpu, experiment.model, known, requests)
+        made = cls(experiment, found.model, revision, gpu, site, calibration, version)
+        return made if requests is None else replace(made, request_s=made._first_waits_s(known, requests))
 
     def node(self, server: Server, model: str, revision: str | None) -> SimulatedNode:
         """What answers for a node that has this GPU; arguments as `engine.node.Node`."""
@@ -215,7 +222,35 @@ class Simulator:
                 taken += drafted * drafting.seconds(step.drafting, step.cached)
             return own * taken
 
-        return Engine(limits, seconds, own * attained.request_s, self._is_async(flags), seed)
+        return Engine(
+            limits,
+            seconds,
+            own * (attained.request_s if self.request_s is None else self.request_s),
+            self._is_async(flags),
+            seed,
+        )
+
+    def _first_waits_s(
+        self, rows: Iterable[TrialRow], requests: Callable[[str], Sequence[RequestRecord]]
+    ) -> float | None:
+        """What is left of measured starts' median TTFT when a simulated one's, without such a wait, is taken off."""
+        told = [row for row in rows if self._tells_first_waits(row)]
+        latest = {row.trial_key: row for row in sorted(told, key=lambda row: row.started_at)}
+        left = [self._first_wait_s(row, requests(row.trial_id)) for row in list(latest.values())[-MAX_FIRST:]]
+        return max(0.0, median(left)) if left else None
+
+    def _tells_first_waits(self, row: TrialRow) -> bool:
+        whole = row.state == "complete" and row.valid is True and row.saturated is False and not row.simulated
+        same = row.model == self.experiment.model and _is_on(row, self.gpu) and row.engine_version == self.version
+        return whole and same and row.ttft_sent_p50_ms is not None and "speculative_config" not in row.flags
+
+    def _first_wait_s(self, row: TrialRow, records: Sequence[RequestRecord]) -> float:
+        workload = Workload.model_validate_json(row.workload_json)
+        engine = replace(self.engine(json.loads(row.config_json)), request_s=0.0)
+        drawn = asked(workload, engine.limits.max_model_len, records)
+        load = VirtualLoad(drawn, engine, duration_s=workload.duration_s, max_drain_s=workload.max_drain_s)
+        simulated = median(record.token_offsets_s[0] for record in load.records() if record.token_offsets_s)
+        return (row.ttft_sent_p50_ms or 0.0) / 1e3 - simulated
 
     def _as_served(self, flags: Flags) -> tuple[ModelSpec, Serve]:
         """The model as it is loaded, and the server's settings. Raises InputError: they cannot be read."""
@@ -404,6 +439,24 @@ def _resolved(serve: Serve, flags: Flags, is_async: bool) -> dict[str, Any]:
 
 
 # ---- what an experiment is simulated with
+
+
+def asked(workload: Workload, length: int, records: Sequence[RequestRecord]) -> Sequence[ScheduledRequest]:
+    """What a measurement really asked, where an earlier varcas drew others from the same seed; else the schedule.
+
+    Args:
+        workload: of the measurement.
+        length: `max_model_len`.
+        records: its requests.
+    """
+    drawn = schedule(workload, start_s=0.0, duration_s=workload.duration_s, max_len=length, stream="measure")
+    came = [(record.scheduled_prompt_tokens, record.scheduled_output_tokens) for record in records]
+    if server_decides(workload, drawn) or came == [(one.prompt_tokens, one.output_tokens) for one in drawn]:
+        return drawn
+    return [
+        ScheduledRequest(at, record.scheduled_s, prompt, output, seed=at, conversation=at)
+        for at, (record, (prompt, output)) in enumerate(zip(records, came, strict=True))
+    ]
 
 
 def calibrated(

@@ -26,13 +26,11 @@ from varcas.experiment import Experiment, Hardware, Simulation
 from varcas.intervals import t_quantile
 from varcas.known import find_model
 from varcas.metrics import summarise
-from varcas.pruner import server_decides
-from varcas.records import MEASUREMENT_VERSION, RequestRecord, ScheduledRequest, TrialRow
+from varcas.records import MEASUREMENT_VERSION, RequestRecord, TrialRow
 from varcas.report import has_unreal_acceptance, settings_text
-from varcas.simulated import Simulator
+from varcas.simulated import Simulator, asked
 from varcas.store import Store
 from varcas.virtual import VirtualLoad
-from varcas.workload.schedule import schedule
 
 FOLDS = 2
 MIN_CONFIGURATIONS = 4
@@ -277,7 +275,7 @@ def _simulated(
     except TrialError as error:
         return {}, f"{error.kind}: {error.detail}", []
     length = engine.limits.max_model_len
-    drawn = _asked(case, length, records)
+    drawn = asked(workload, length, records)
     load = VirtualLoad(drawn, engine, duration_s=workload.duration_s, max_drain_s=workload.max_drain_s)
     result = load.result()
     traffic = Traffic(
@@ -286,19 +284,6 @@ def _simulated(
     )  # fmt: skip
     columns = summarise(result, case.experiment.slo, load.samples, arrival=workload.arrives.kind)
     return columns, None, list(simulator.beyond(flags, traffic))
-
-
-def _asked(case: _Case, length: int, records: Sequence[RequestRecord]) -> Sequence[ScheduledRequest]:
-    """What was really asked, where an earlier varcas drew other requests from the same seed; else the schedule."""
-    workload = case.experiment.workload
-    drawn = schedule(workload, start_s=0.0, duration_s=workload.duration_s, max_len=length, stream="measure")
-    came = [(record.scheduled_prompt_tokens, record.scheduled_output_tokens) for record in records]
-    if server_decides(workload, drawn) or came == [(one.prompt_tokens, one.output_tokens) for one in drawn]:
-        return drawn
-    return [
-        ScheduledRequest(at, record.scheduled_s, prompt, output, seed=at, conversation=at)
-        for at, (record, (prompt, output)) in enumerate(zip(records, came, strict=True))
-    ]
 
 
 def _compared(case: _Case, columns: Mapping[str, Any]) -> dict[str, Compared]:
