@@ -180,7 +180,7 @@ def test_the_journey_of_the_seed(tmp_path: Path) -> None:
     """Simulated, every row of the seed has a verdict with a cause, and nothing simulated looks measured."""
     made = load_experiment("experiments/t4_journey.yaml")
     study = made.study.model_copy(update={"repeats": 3})
-    workload = made.workload.model_copy(update={"duration_s": 40.0, "max_drain_s": 5.0})
+    workload = made.workload.model_copy(update={"duration_s": 25.0, "max_drain_s": 5.0})
     changes = {"engine": "simulated", "results": str(tmp_path), "study": study, "workload": workload}
     found = run_phases(made.model_copy(update=changes))
     assert found.simulated

@@ -19,6 +19,7 @@ from varcas.cli import app, run
 from varcas.errors import InputError, TrialError
 from varcas.experiment import Experiment, parse_experiment
 from varcas.inprocess import InProcessPool
+from varcas.live import verdict_text
 from varcas.metrics import summarise
 from varcas.records import TrialRow
 from varcas.report import ACCEPTANCE_NOT_REAL, as_text
@@ -82,7 +83,7 @@ def test_every_row_and_every_word_says_that_it_is_simulated(swept: Experiment) -
     answer = Results(swept.results).recommend(swept.name)
     assert answer.simulated
     assert "SIMULATED" in as_text(answer).splitlines()[0]
-    assert all("SIMULATED" in trial_text(row) for row in rows)
+    assert all("SIMULATED" in trial_text(row) and "SIMULATED" in verdict_text(row) for row in rows)
 
 
 def test_a_start_script_starts_nothing_unless_it_is_forced(swept: Experiment, tmp_path: Path) -> None:
