@@ -3,7 +3,7 @@
 Draws configurations from a wide space, takes for each rule some that this rule alone prunes, and starts each past rules
 and validator: every one must fail. Rules on an SLO are tried under load, with varcas's own measurement, at the largest
 limit that they call impossible: each must be missed. Then the converse: of configurations drawn at random that no rule
-prunes, how many vLLM refuses all the same.
+prunes, how many vLLM refuses all the same; and of those where one flag turns a refusal off, whether all start.
 
 `--gpu` does so on one GPU, else vLLM's CPU build is used. Rules that nothing here can try are listed as source-only.
 
@@ -181,6 +181,20 @@ GPU_EDGES: tuple[Edge, ...] = (
 """Rule, and a configuration just beyond its edge: were the rule too strict by a little, these would run."""
 
 
+Opened = tuple[str, Flags, Mapping[str, str]]
+GPU_OPENED: tuple[Opened, ...] = (
+    ("llama-2-13b", {"dtype": "half", "gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 256}, {}),
+    ("llama-2-13b", {"dtype": "half", "gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**30}, {}),
+    ("llama-2-7b-awq", {"max_model_len": 4096, "gpu_memory_utilization": 0.06, "num_gpu_blocks_override": 300}, {}),
+)
+CPU_OPENED: tuple[Opened, ...] = (
+    ("qwen2.5-0.5b", {"gpu_memory_utilization": 0.038, "kv_cache_memory_bytes": 2**28}, {}),
+    ("llama-2-7b-4-layers", {"gpu_memory_utilization": 0.08}, {_SPACE: "1"}),
+    ("tiny-llama", {"max_num_batched_tokens": 511, "enable_chunked_prefill": True}, {_SPACE: "1"}),
+)
+"""What a rule would refuse, but for one flag that turns the refusal off: these must start."""
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """What a rule says will happen: a failed start, or a missed limit."""
@@ -263,11 +277,11 @@ def pruned(
 ) -> list[Case]:  # fmt: skip
     """For each rule some that it prunes and no other rule does: at its edge, then drawn; one of each rule in turn."""
     rng, found = random.Random(SEED), collections.defaultdict[str, dict[str, Case]](dict)
-    for rule, model, changes, env in edges:
+    for rule, model, changes, env in edges if each else ():
         case = _claimed(sites, rule, _case(model, changes, env))
         assert case is not None, (rule, model, changes)
         found[rule][case.told] = case
-    for _ in range(DRAWS):
+    for _ in range(DRAWS if each else 0):
         drawn = draw(rng, models, envs)
         if drawn.model in IMPOSSIBLE:
             continue
@@ -276,6 +290,14 @@ def pruned(
             found[refusal.rule].setdefault(case.told, case)
     chosen = [list(cases.values()) for rule, cases in found.items() if not rules or rule in rules]
     return [case for turn in itertools.zip_longest(*chosen) for case in turn if case is not None]
+
+
+def opened(sites: Sites, cases: Sequence[Opened]) -> Iterator[Case]:
+    """What must start: none is pruned, though a rule speaks of what it has in part."""
+    for model, changes, env in cases:
+        case = replace(_case(model, changes, env), sort="opened")
+        assert judge(sites.of(model, env), case.flags) is None, case.told
+        yield case
 
 
 def unstripped(sites: Sites, models: Sequence[str], envs: Sequence[Mapping[str, str]], count: int) -> Iterator[Case]:
@@ -555,6 +577,7 @@ def print_report(rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> No
     print(f"\nStarted plainly: {', '.join(words) or 'none'}.")
     drawn = [row for row in rows if row["sort"] == "drawn" and row["verdict"] != "undecided"]
     print_missed([row for row in drawn if plain.get(row["model"], True)])
+    print_opened([row for row in rows if row["sort"] == "opened"])
 
 
 def print_missed(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -564,6 +587,16 @@ def print_missed(rows: Sequence[Mapping[str, Any]]) -> None:
     print("| configuration | kind | vLLM's words |\n|---|---|---|")
     for row in sorted(refused, key=lambda row: (row["failure"], row["detail"])):
         print(_cells(row["told"], row["failure"], _short(row["detail"])))
+
+
+def print_opened(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints what one flag keeps a rule from refusing."""
+    ran = sum(row["verdict"] == "ran" for row in rows)
+    print(f"\nNot pruned because of one flag, and started: {len(rows)}; ran: {ran}.\n")
+    print("| configuration | what happened |\n|---|---|")
+    for row in rows:
+        words = f"`{row['failure']}`: {_short(row['detail'])}"
+        print(_cells(row["told"], words if row["failure"] else "it started and answered"))
 
 
 def _cells(*texts: str) -> str:
@@ -591,7 +624,8 @@ def upper_bound(wrong: int, total: int) -> float:
 def planned(sites: Sites, args: argparse.Namespace) -> Iterator[Case]:
     """What is to be started."""
     models, envs, edges = (GPU_MODELS, ({},), GPU_EDGES) if args.gpu else (CPU_MODELS, CPU_ENVS, CPU_EDGES)
-    if args.gpu:
+    yield from opened(sites, (GPU_OPENED if args.gpu else CPU_OPENED) if args.opened else ())
+    if args.gpu and args.each:
         yield from slo_cases(sites, args.rules)
     yield from pruned(sites, models, envs, edges, args.each, args.rules)
     yield from unstripped(sites, models, envs, args.unstripped)
@@ -604,6 +638,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="on one GPU")
     parser.add_argument("--rules", nargs="*", default=[], help="names of rules to try (default: all)")
     parser.add_argument("--each", type=int, default=4, help="configurations a rule")
+    parser.add_argument("--opened", action="store_true", help="what one flag keeps a rule from refusing: must start")
     parser.add_argument("--unstripped", type=int, default=0, help="pruned configurations with all that was drawn")
     parser.add_argument("--drawn", type=int, default=0, help="configurations that no rule prunes")
     add_options(parser, Path("false_prunes.jsonl"))

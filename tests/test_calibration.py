@@ -161,8 +161,8 @@ def made_points(
             flops, moved = (float(x) for x in times.work(batch, context, tokens))
             found.append(
                 Point(
-                    f"t{start}", "s", start, f"server{start}", model.name, KEY, kind, batch, context, tokens, 1,  # type: ignore[arg-type]
-                    seconds, 0.01, flops, moved, parts,
+                    kind, batch, context, tokens, 1, seconds, 0.01,  # type: ignore[arg-type]
+                    f"t{start}", "s", start, f"server{start}", model.name, KEY, flops, moved, parts,
                 )
             )  # fmt: skip
     return found

@@ -249,6 +249,20 @@ def test_a_space_ruled_out_whole_names_the_memory_that_would_do() -> None:
     assert 30 < needed < 60
 
 
+def test_a_space_that_the_rate_alone_rules_out_names_the_rate_that_would_do() -> None:
+    def made(rate_rps: float) -> Experiment:
+        workload = f"{{profile: chat-medium, rate_rps: {rate_rps}, duration_s: 60}}"
+        return experiment("{max_num_seqs: {choices: [2, 4]}}", slo="{ttft_p95_ms: 1500}", workload=workload)
+
+    text = pruner_of(made(60)).nothing_left()
+    assert text is not None
+    assert " on a T4 with " in text
+    rate = float(text.split("or a rate of ")[1].split(" requests/s (now 60)")[0])
+    assert 5 < rate < 60
+    assert pruner_of(made(0.9 * rate)).nothing_left() is None
+    assert pruner_of(made(1.1 * rate)).nothing_left() is not None
+
+
 def test_what_the_validator_refuses_costs_no_audit_and_rules_take_turns() -> None:
     types = "kv_cache_dtype: {choices: [auto, fp8]}, dtype: {choices: [auto, bfloat16]}"
     space = f"{{max_num_seqs: {{low: 1, high: 64}}, {types}}}"

@@ -24,6 +24,7 @@ from varcas.errors import InputError
 from varcas.gpus import GIB, ceiling, gpu
 from varcas.memory import Serve, floor_bytes
 from varcas.model import ModelSpec, describe, from_config
+from varcas.roofline import decode, prefill
 from varcas.rules import (
     NEEDS_MODEL,
     READ,
@@ -514,6 +515,14 @@ def test_the_need_is_no_more_than_the_memory_module_says(name: str) -> None:
             assert BY_NAME["sequence_does_not_fit"].check(site(model=model, gpu=big), flags) is None
 
 
+@pytest.mark.parametrize("space", [" 4", "4 ", "+4", "4_0"])
+def test_a_cpu_cache_that_is_given_overrules_the_share_however_it_is_written(space: str) -> None:
+    """Python's `int`, which vLLM reads it with, takes all of these."""
+    flags: Flags = {"gpu_memory_utilization": 0.04, "max_model_len": 2048}
+    assert judge(on_cpu(host_memory_bytes=24 * GIB), flags) is not None
+    assert judge(on_cpu(host_memory_bytes=24 * GIB, env={"VLLM_CPU_KVCACHE_SPACE": space}), flags) is None
+
+
 # ---- SLO
 
 
@@ -539,6 +548,73 @@ def test_a_bound_is_the_statistic_of_the_requests_own_bounds() -> None:
     several = served()
     by_hand = sorted(bound_ms(site(prompt_tokens=[p], output_tokens=[2]), {}, "ttft_mean_ms") for p in LENGTHS.tolist())
     assert bound_ms(several, {}, "ttft_p95_ms") == pytest.approx(by_hand[379])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(10, 60),
+    st.floats(0.2, 5),
+    st.integers(0, 10**6),
+    st.sampled_from(["ttft_p50_ms", "ttft_p95_ms", "e2e_p90_ms"]),
+)
+def test_no_server_at_its_peak_beats_the_bound_of_its_queue(count: int, window_s: float, seed: int, key: str) -> None:
+    """Shortest first, one after the other at all clocks' peak, and none sooner than it would be with nobody beside."""
+    rng = np.random.default_rng(seed)
+    prompts, outputs = rng.integers(20, 900, count), rng.integers(2, 60, count)
+    due = np.sort(rng.uniform(0, window_s, count))
+    alone = [
+        bound_ms(site(prompt_tokens=[p], output_tokens=[o]), {}, key.replace("p95", "p50"))
+        for p, o in zip(prompts.tolist(), outputs.tolist(), strict=True)
+    ]
+    work = [worked_s(p, o if key.startswith("e2e") else 1) for p, o in zip(prompts, outputs, strict=True)]
+    now, waiting, late = 0.0, list(range(count)), np.zeros(count)
+    while waiting:
+        there = [at for at in waiting if due[at] <= now] or [min(waiting, key=lambda at: due[at])]
+        chosen = min(there, key=lambda at: work[at])
+        waiting.remove(chosen)
+        now = max(now, due[chosen]) + work[chosen]
+        late[chosen] = max(1e3 * (now - due[chosen]), alone[chosen])  # type: ignore[type-var]
+    rank = -(-count * {"p50": 500, "p90": 900, "p95": 950}[key.split("_")[1]] // 1000)
+    where = site(prompt_tokens=prompts, output_tokens=outputs, window_s=window_s)
+    bound = bound_ms(where, {}, key)
+    assert bound is not None
+    assert bound <= np.sort(late)[rank - 1] * (1 + 1e-9)
+
+
+def worked_s(prompt: int, output: int) -> float:
+    """Compute of a request at the T4's highest clocks."""
+    serve, peak = Serve(dtype="float16"), ceiling("T4").ceiling_flops("fp16")
+    one, later = prefill(LLAMA_AWQ, serve, 1, prompt), decode(LLAMA_AWQ, serve, 1, prompt)
+    return float(one.flops + (output - 1) * later.flops) / peak
+
+
+def test_a_rate_that_no_clock_keeps_up_with_is_out_of_reach_and_the_one_that_is_not_is_named() -> None:
+    slo = {"ttft_p95_ms": 2000.0}
+    work_s = sorted(worked_s(p, 1) for p in LENGTHS.tolist())[:380]
+    for window_s, refused in ((0.99 * (sum(work_s) - 2), True), (1.01 * (sum(work_s) - 2), False)):
+        where = served(slo=slo, window_s=window_s)
+        found = judge(where, {})
+        assert (found is not None) is refused
+        rate = nearest_feasible(where, [{}]).rate_rps
+        assert rate is not None
+        assert (rate < 400 / window_s) is refused
+        if found is not None:
+            assert f"with {400 / window_s:.3g} requests/s" in found.message
+            assert rate == pytest.approx(400 / window_s * (window_s + 2) / sum(work_s), rel=1e-6)
+    alone = served(slo={"ttft_p95_ms": 1.0}, window_s=1e4)
+    assert nearest_feasible(alone, [{}]).rate_rps is None  # no rate is low enough
+    tight = served(slo=slo, window_s=0.9 * (sum(work_s) - 2))
+    assert judge(tight, {"data_parallel_size": 2}, disabled={"too_few_gpus"}) is None
+    assert judge(tight, {"enable_prefix_caching": False}) is not None
+    assert judge(tight, {"data_parallel_size": "2"}, disabled={"too_few_gpus"}) is None  # not read here
+
+
+def test_a_draft_that_is_a_class_of_ones_own_or_keys_with_dashes_are_read_as_vllm_reads_them() -> None:
+    """0.24 takes a model with a dot for a class, whatever the method says, and dashes for underscores."""
+    reversed_ = {"prompt_lookup_min": 4, "prompt_lookup_max": 2}
+    assert judge(site(), speculating(**NGRAM, **reversed_)) is not None
+    assert judge(site(), speculating(**NGRAM, **reversed_, model="package.Proposer")) is None
+    assert judge(site(), speculating(**{"method": "ngram", "num-speculative-tokens": 3})) is None
 
 
 def test_an_unknown_number_of_drafts_or_other_lengths_give_no_bound() -> None:

@@ -130,11 +130,10 @@ class Key:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """Steps of one trial that resemble each other, to lay over the roofline.
+class Steps:
+    """Steps that resemble each other.
 
     Attributes:
-        trial_id: whose they are; so `study`, `number`, `server_id`, `model`.
         kind: `decode` steps alone, `mixed` ones with prompts in them, `prefill`: a request alone from its send to its
             first token, `mean`: a whole trial, from its row alone.
         batch: mean sequences that decode.
@@ -143,8 +142,27 @@ class Point:
         prompts: mean prompts in the step.
         seconds: mean time of the step.
         error_frac: standard error of that mean.
+    """
+
+    kind: Kind
+    batch: float
+    context: float
+    prefill_tokens: float
+    prompts: float
+    seconds: float
+    error_frac: float
+
+
+@dataclass(frozen=True, slots=True)
+class Point(Steps):
+    """Steps of one trial, to lay over the roofline.
+
+    Attributes:
+        trial_id: whose they are; so `study`, `number`, `server_id`, `model`.
+        key: what they share an efficiency with.
         flops: of such a step, on one GPU, by the static roofline.
         bytes: likewise.
+        parts: what it would take at its peaks.
     """
 
     trial_id: str
@@ -153,13 +171,6 @@ class Point:
     server_id: str
     model: str
     key: Key
-    kind: Kind
-    batch: float
-    context: float
-    prefill_tokens: float
-    prompts: float
-    seconds: float
-    error_frac: float
     flops: float
     bytes: float
     parts: Parts = field(repr=False)
@@ -178,17 +189,6 @@ class Point:
     def bytes_per_s(self) -> float:
         """Achieved on one GPU: the least traffic there can be, over the time it took."""
         return self.bytes / self.seconds
-
-
-@dataclass(frozen=True, slots=True)
-class _Bin:
-    kind: Kind
-    batch: float
-    context: float
-    prefill_tokens: float
-    prompts: float
-    seconds: float
-    error_frac: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,30 +274,24 @@ def _trial(row: TrialRow, models: Mapping[str, ModelSpec], cpu: GpuSpec | None) 
         return str(error)
 
 
-def _point(trial: _Trial, one: _Bin) -> Point:
+def _point(trial: _Trial, one: Steps) -> Point:
     row, step = trial.row, (one.batch, one.context, one.prefill_tokens, 0, one.prompts)
     flops, moved = trial.times.work(*step)
     return Point(
+        **{name: getattr(one, name) for name in Steps.__slots__},
         trial_id=row.trial_id,
         study=row.study,
         number=row.number,
         server_id=row.server_id,
         model=row.model,
         key=trial.key,
-        kind=one.kind,
-        batch=one.batch,
-        context=one.context,
-        prefill_tokens=one.prefill_tokens,
-        prompts=one.prompts,
-        seconds=one.seconds,
-        error_frac=one.error_frac,
         flops=float(flops),
         bytes=float(moved),
         parts=trial.times.parts(*step, requests=1 if one.kind == "prefill" else 0),
     )
 
 
-def _bins_of(row: TrialRow, records: Sequence[RequestRecord], serve: Serve) -> list[_Bin] | str:
+def _bins_of(row: TrialRow, records: Sequence[RequestRecord], serve: Serve) -> list[Steps] | str:
     if not records and row.saturated:
         return "saturated, and without requests"
     if not records:
@@ -311,7 +305,7 @@ def _bins_of(row: TrialRow, records: Sequence[RequestRecord], serve: Serve) -> l
     return bins or "too few tokens"
 
 
-def _mean_bin(row: TrialRow) -> _Bin | None:
+def _mean_bin(row: TrialRow) -> Steps | None:
     """By Little's law: sequences that decode are the token rate times TPOT."""
     rates = (row.tpot_mean_ms, row.output_tokens_per_s, row.prompt_tokens_per_s, row.request_rate_rps)
     tpot_ms, tokens, prompts, rate = rates
@@ -320,7 +314,7 @@ def _mean_bin(row: TrialRow) -> _Bin | None:
     each_s = tpot_ms / 1e3
     fresh = prompts * (1 - (row.prefix_cache_hit_frac or 0.0))
     context = prompts / rate + tokens / rate / 2
-    return _Bin("mean", max(1.0, tokens * each_s), context, fresh * each_s, rate * each_s, each_s, POINT_ERROR)
+    return Steps("mean", max(1.0, tokens * each_s), context, fresh * each_s, rate * each_s, each_s, POINT_ERROR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +361,7 @@ def _before(requests: Requests) -> npt.NDArray[np.int64]:
     return np.asarray(seen[requests.splits[:-1]], dtype=np.int64)
 
 
-def _step_bins(requests: Requests, duration_s: float, fresh: float) -> list[_Bin]:
+def _step_bins(requests: Requests, duration_s: float, fresh: float) -> list[Steps]:
     gaps = _gaps(requests, duration_s, fresh)
     decode, mixed = np.flatnonzero(gaps.prompts == 0), np.flatnonzero(gaps.prompts > 0)
     split = [("decode", part) for part in _quantile_bins(gaps.batch[decode], decode, BINS["decode"], MIN_GAPS)]
@@ -377,7 +371,7 @@ def _step_bins(requests: Requests, duration_s: float, fresh: float) -> list[_Bin
         batch, seconds = float(gaps.batch[part].mean()), gaps.seconds[part]
         steps = max(len(part) / batch, 2.0)  # each is seen by all of its sequences
         bins.append(
-            _Bin(
+            Steps(
                 "decode" if kind == "decode" else "mixed",
                 batch,
                 float(gaps.context[part].mean()),
@@ -390,7 +384,7 @@ def _step_bins(requests: Requests, duration_s: float, fresh: float) -> list[_Bin
     return bins
 
 
-def _alone_bins(requests: Requests, fresh: float) -> list[_Bin]:
+def _alone_bins(requests: Requests, fresh: float) -> list[Steps]:
     """Requests that found an empty server and had it to themselves until their first token."""
     sent, first = requests.sent_s, requests.first_token_s
     ended = np.sort(requests.last_token_s[~np.isnan(requests.last_token_s)])
@@ -402,7 +396,7 @@ def _alone_bins(requests: Requests, fresh: float) -> list[_Bin]:
     for part in _quantile_bins(requests.prompt_tokens[alone], alone, BINS["prefill"], MIN_ALONE):
         seconds, tokens = (first - sent)[part], float(requests.prompt_tokens[part].mean()) * fresh
         error = float(seconds.std() / seconds.mean() / math.sqrt(len(part)))
-        bins.append(_Bin("prefill", 0.0, 0.0, tokens, 1.0, float(seconds.mean()), error))
+        bins.append(Steps("prefill", 0.0, 0.0, tokens, 1.0, float(seconds.mean()), error))
     return bins
 
 
@@ -782,18 +776,9 @@ def estimate(
     kernel = kernel_of(model, serve, engine_version, quantization)
     found, beyond = fit_for(calibration, gpu, kernel, engine_version)
     load = _Load.of(model, gpu, serve, traffic, kernel, kv_tokens)
-    known = prior(gpu, kernel)
-    centre = _logs(found.efficiency if found else known.median)
-    form = found.efficiency if found else known.median
-    settled = load.settle(_efficiency(centre, form))
-    if found:
-        beyond += _left(found, model, settled.batch, load)
-        spread = found.covariance * t_quantile(0.975, found.freedom) ** 2
-        noise = t_quantile(0.975, found.freedom) * found.sigma
-    else:
-        spread, noise = np.diag(_logs(known.factor) ** 2) * 1.96**2, 1.96 * PRIOR_SIGMA
-    known_spread = found is None or found.starts > 1
-    tpot, ttft, capacity = _with_intervals(load, centre, form, spread if known_spread else None, noise)
+    belief = _Belief.of(found, prior(gpu, kernel))
+    settled = load.settle(_efficiency(belief.centre, belief.form))
+    tpot, ttft, capacity = _with_intervals(load, belief)
     rate = math.inf if traffic.rate_rps is None else traffic.rate_rps
     return Estimate(
         tpot_s=tpot,
@@ -802,9 +787,9 @@ def estimate(
         batch=settled.batch,
         saturated=settled.saturated,
         basis="measured" if found else "prior",
-        source=str(found.key) if found else known.source,
+        source=belief.source,
         simulated=calibration.simulated and found is not None,
-        beyond=tuple(beyond),
+        beyond=(*beyond, *(_left(found, model, settled.batch, load) if found else ())),
     )
 
 
@@ -920,21 +905,41 @@ class _Load:
         return _Settled(batch, tpot_s, ttft_s, capacity * self.traffic.output_tokens, saturated)
 
 
-def _with_intervals(
-    load: _Load, centre: Floats, form: Efficiency, spread: Floats | None, noise: float
-) -> tuple[Quantity, Quantity, Quantity]:
-    """TPOT, TTFT and capacity: the delta method on logarithms.
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """What is known of the steps' efficiencies.
 
-    Args:
-        load: what is asked of what.
+    Attributes:
         centre: logarithms of `PARAMETERS`.
         form: of the law.
         spread: their covariance, times the square of the quantile; None: no interval is known.
         noise: half the interval of a start's own error.
+        source: a fit's key, or where the prior is from.
     """
 
+    centre: Floats
+    form: Efficiency
+    spread: Floats | None
+    noise: float
+    source: str
+
+    @classmethod
+    def of(cls, found: Fit | None, known: Prior) -> _Belief:
+        if found is None:
+            assumed = np.diag(_logs(known.factor) ** 2) * 1.96**2
+            return cls(_logs(known.median), known.median, assumed, 1.96 * PRIOR_SIGMA, known.source)
+        quantile = t_quantile(0.975, found.freedom)
+        spread = found.covariance * quantile**2 if found.starts > 1 else None
+        fitted = found.efficiency
+        return cls(_logs(fitted), fitted, spread, quantile * found.sigma, str(found.key))
+
+
+def _with_intervals(load: _Load, belief: _Belief) -> tuple[Quantity, Quantity, Quantity]:
+    """TPOT, TTFT and capacity: the delta method on logarithms."""
+    centre, spread = belief.centre, belief.spread
+
     def at(theta: Floats) -> Floats:
-        settled = load.settle(_efficiency(theta, form))
+        settled = load.settle(_efficiency(theta, belief.form))
         return np.array([settled.tpot_s, settled.ttft_s, settled.capacity_tokens_per_s])
 
     values = at(centre)
@@ -943,7 +948,7 @@ def _with_intervals(
     step = 1e-3
     with np.errstate(invalid="ignore"):
         slopes = np.stack([np.log(at(centre + step * row) / values) / step for row in np.eye(len(centre))])
-        half = np.sqrt(np.einsum("pq,pr,rq->q", slopes, spread, slopes) + noise**2)
+        half = np.sqrt(np.einsum("pq,pr,rq->q", slopes, spread, slopes) + belief.noise**2)
     tpot, ttft, capacity = (_spanned(float(v), float(h)) for v, h in zip(values, half, strict=True))
     return tpot, ttft, capacity
 

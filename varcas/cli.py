@@ -17,7 +17,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from pydantic import BaseModel
@@ -25,6 +25,9 @@ from pydantic import BaseModel
 from varcas import __version__
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
 from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
+
+if TYPE_CHECKING:
+    from varcas.limits_answer import Roofline
 
 app = typer.Typer(
     name="varcas",
@@ -442,24 +445,27 @@ def models_show(
     _print(answer, as_json, model_text(answer))
 
 
+def _listed(help_text: str) -> Any:
+    return typer.Option(metavar="N,N,...", help=help_text)
+
+
+GpusOpt = Annotated[
+    list[str] | None,
+    typer.Option(help="of the catalogue (`varcas gpus`), or `cpu`; may be repeated [default: the experiment's]"),
+]
+PlotsOpt = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="draw roofline, memory and feasible region: SVG, PNG, HTML")
+]
+
+
 @app.command()
 def roofline(
     experiment: ExperimentArg,
-    gpu: Annotated[
-        list[str] | None,
-        typer.Option(help="of the catalogue (`varcas gpus`), or `cpu`; may be repeated [default: the experiment's]"),
-    ] = None,
-    plots: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="draw roofline, memory and feasible region: SVG, PNG, HTML")
-    ] = None,
-    batches: Annotated[str | None, typer.Option(metavar="N,N,...", help="sequences in a decode step to show")] = None,
-    contexts: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="cached tokens to show [default: the workload's, the longest]")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(metavar="N,N,...", help="prompt lengths to show [default: the workload's, the longest]"),
-    ] = None,
+    gpu: GpusOpt = None,
+    plots: PlotsOpt = None,
+    batches: Annotated[str | None, _listed("sequences in a decode step to show")] = None,
+    contexts: Annotated[str | None, _listed("cached tokens to show [default: the workload's, the longest]")] = None,
+    prompts: Annotated[str | None, _listed("prompt lengths to show [default: the workload's, the longest]")] = None,
     vllm: Annotated[
         str | None, typer.Option(metavar="VERSION", help="whose rules to ask [default: of the vLLM installed here]")
     ] = None,
@@ -483,17 +489,23 @@ def roofline(
         contexts=_numbers("--contexts", contexts),
         prompts=_numbers("--prompts", prompts),
     )
-    if plots is not None:
-        from varcas.pictures import draw
-
-        for path in draw(answer, plots):
-            print(path, file=sys.stderr)
+    _drawn(answer, plots)
     if as_json:
         print(answer.model_dump_json(indent=2))
     else:
         _rich(roofline_text(answer))
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)
+
+
+def _drawn(answer: Roofline, directory: Path | None) -> None:
+    """Draws the pictures where they are asked for, and names the files on stderr."""
+    if directory is None:
+        return
+    from varcas.pictures import draw
+
+    for path in draw(answer, directory):
+        print(path, file=sys.stderr)
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -259,7 +260,7 @@ def lengths_of(experiment: Experiment, longest: int) -> Lengths | None:
         np.array(numbers, dtype=np.int64)
         for numbers in ([r.prompt_tokens for r in counted], [r.output_tokens for r in counted], shared)
     )
-    return Lengths(prompt, output, np.minimum(cached, prompt - 1), server_decides(workload, counted))
+    return Lengths(prompt, output, cached, server_decides(workload, counted))
 
 
 def _configs(space: Space | None) -> tuple[list[ServingConfig], int]:
@@ -359,63 +360,85 @@ class _Case:
     site: Site
     model: ModelSpec
     serve: Serve
-
     units: str
+
+    @classmethod
+    def of(cls, question: _Question, asked: str, gpu: GpuSpec) -> _Case:
+        """The question put to one GPU."""
+        flags = question.baseline.flags
+        model = as_loaded(question.found.model, flags)
+        serve = settings(flags, model, gpu)
+        return cls(question, gpu, _site(question, asked, gpu), model, serve, decode(model, serve, 1, 1).units)
 
 
 def _on_gpu(question: _Question, asked: str, gpu: GpuSpec, store: Store | None) -> GpuRoofline:
-    flags = question.baseline.flags
-    model = as_loaded(question.found.model, flags)
-    serve = settings(flags, model, gpu)
-    units = decode(model, serve, 1, 1).units
-    case = _Case(question, gpu, _site(question, asked, gpu), model, serve, units)
+    case = _Case.of(question, asked, gpu)
     pruned, left = _pruned(case)
-    open_still = left if question.configs else [question.baseline]
-    plans = {config.hash: room(case.site, config.flags) for config in open_still}
-    untold = 0 if gpu.measured else sum(plan is None for plan in plans.values())
-    drafts = max((_plan(case, config.flags).drafted for config in open_still), default=0)
-    best = (
-        _best(case, question.lengths, [c for c in open_still if gpu.measured or plans[c.hash]])
-        if question.lengths
-        else {}
-    )
-    calibrations = [_calibration(case, store, simulated) for simulated in (False, True)]
+    made, simulated = (_calibration(case, store, simulated) for simulated in (False, True))
+    lengths = question.lengths
     return GpuRoofline(
-        gpu=gpu.name,
         asked=asked,
-        measured=gpu.measured,
-        gpus_per_server=_gpus_of(case.serve, _plan(case, flags)),
-        units=units,
-        peak_flops=gpu.peak_flops(units),
-        memory_bytes_per_s=gpu.memory_bytes_per_s,
-        ridge=gpu.ridge(units),
-        usd_per_h=gpu.price and gpu.price.usd_per_h,
-        unverified=list(gpu.unverified),
-        memory=_memory_stack(case, flags, case.serve),
+        **_of_the_card(case),
+        **_of_steps(case),
+        memory=_memory_stack(case, question.baseline.flags, case.serve),
         memory_of=list(_memory_of(case)),
-        decode=[_decode_point(case, b, c) for c in question.contexts for b in question.batches],
-        prefill=[_prefill_point(case, prompt) for prompt in question.prompts],
-        prefill_unfused=[_prefill_point(case, prompt, unfused=True) for prompt in question.prompts],
-        classes=list(_classes(case)),
-        compute_bound=[_compute_bound(case, context) for context in question.contexts],
-        latency=_latency(case, question.lengths, 0) if question.lengths else None,
-        latency_drafted=_latency(case, question.lengths, drafts) if question.lengths and drafts else None,
-        slo=[
-            SloBound(key=key, limit_ms=limit, least_ms=bound_ms(case.site, flags, key))
-            for key, limit in question.experiment.slo.items()
-        ],
-        bounds=_bounds(case, question.lengths) if question.lengths else [],
-        best=best.get(False),
-        best_drafted=best.get(True),
-        untold=untold,
-        speculation=list(_break_even(case)),
-        pruned=pruned,
         region=list(_region(case)),
-        measurements=_measurements(case, calibrations),
-        left_out=_left_out(calibrations[0]),
-        attained=_attained(calibrations),
-        expected=_expected(case, calibrations[0], question.lengths) if question.lengths else None,
+        pruned=pruned,
+        **_of_requests(case, lengths, left if question.configs else [question.baseline]),
+        speculation=list(_break_even(case)),
+        measurements=_measurements(case, (made, simulated)),
+        left_out=_left_out(made),
+        attained=_attained((made, simulated)),
+        expected=_expected(case, made, lengths) if lengths else None,
     )
+
+
+def _of_the_card(case: _Case) -> dict[str, Any]:
+    """Datasheet figures, of the types that the baseline computes in."""
+    gpu = case.gpu
+    return {
+        "gpu": gpu.name,
+        "measured": gpu.measured,
+        "gpus_per_server": _gpus_of(case.serve, _plan(case, case.question.baseline.flags)),
+        "units": case.units,
+        "peak_flops": gpu.peak_flops(case.units),
+        "memory_bytes_per_s": gpu.memory_bytes_per_s,
+        "ridge": gpu.ridge(case.units),
+        "usd_per_h": gpu.price and gpu.price.usd_per_h,
+        "unverified": list(gpu.unverified),
+    }
+
+
+def _of_steps(case: _Case) -> dict[str, Any]:
+    """The baseline's steps, whoever sends requests."""
+    q = case.question
+    return {
+        "decode": [_decode_point(case, b, c) for c in q.contexts for b in q.batches],
+        "prefill": [_prefill_point(case, prompt) for prompt in q.prompts],
+        "prefill_unfused": [_prefill_point(case, prompt, unfused=True) for prompt in q.prompts],
+        "classes": list(_classes(case)),
+        "compute_bound": [_compute_bound(case, context) for context in q.contexts],
+        "slo": [
+            SloBound(key=key, limit_ms=limit, least_ms=bound_ms(case.site, q.baseline.flags, key))
+            for key, limit in q.experiment.slo.items()
+        ],
+    }
+
+
+def _of_requests(case: _Case, lengths: Lengths | None, left: Sequence[ServingConfig]) -> dict[str, Any]:
+    """What the workload's requests allow, of the baseline and of the best of what is left."""
+    plans = {config.hash: room(case.site, config.flags) for config in left}
+    drafts = max((_plan(case, config.flags).drafted for config in left), default=0)
+    bounded = [config for config in left if case.gpu.measured or plans[config.hash]]
+    best = _best(case, lengths, bounded) if lengths else {}
+    return {
+        "latency": _latency(case, lengths, 0) if lengths else None,
+        "latency_drafted": _latency(case, lengths, drafts) if lengths and drafts else None,
+        "bounds": _bounds(case, lengths) if lengths else [],
+        "best": best.get(False),
+        "best_drafted": best.get(True),
+        "untold": 0 if case.gpu.measured else len(left) - len(bounded),
+    }
 
 
 def as_loaded(model: ModelSpec, flags: Flags) -> ModelSpec:
@@ -788,16 +811,17 @@ def _pruned(case: _Case) -> tuple[Pruned, list[ServingConfig]]:
     left = [config for config, refusal in zip(q.configs, hard, strict=True) if refusal is None]
     soft = judge_all(case.site, [config.flags for config in left], kinds=("soft",))
     against = judge(case.site, q.baseline.flags)
-    refused = len(flags) - len(left)
+    asked_for = sum(judge(case.site, config.flags) is None for config in _enqueued(q))
+    whole = flags and not left and against is not None and not asked_for
     answer = Pruned(
         space_size=q.space.size() if q.space else 0,
         judged=len(flags),
-        refused=refused,
+        refused=len(flags) - len(left),
         hard=_counts(q, q.configs, hard),
         soft=_counts(q, left, soft),
         baseline=against and f"{against.rule}: {against.message}",
-        asked_for=sum(judge(case.site, config.flags) is None for config in _enqueued(q)),
-        nearest=_nearest(case, q.space) if flags and not left else None,
+        asked_for=asked_for,
+        nearest=_nearest(case, q.space) if whole else None,
     )
     return answer, left
 

@@ -202,7 +202,7 @@ class Pruned(BaseModel):
     hard: list[RuleCount]
     soft: list[RuleCount] = Field(description="among those that no hard rule refuses")
     baseline: str | None = Field(description="what the rules say against the baseline, which is never pruned")
-    nearest: str | None = Field(description="when all is refused: what comes nearest to working")
+    nearest: str | None = Field(description="when all is refused, the baseline too: what comes nearest to working")
 
 
 class Cell(BaseModel):

@@ -21,7 +21,7 @@ from varcas.experiment import Experiment
 from varcas.gpus import GpuSpec
 from varcas.memory import Serve, settings
 from varcas.model import ModelSpec
-from varcas.pruner import Pruner
+from varcas.pruner import Pruner, cached_tokens
 from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
 from varcas.roofline import tokens_per_step
 from varcas.rules import Site
@@ -150,7 +150,7 @@ def _traffic(experiment: Experiment) -> Traffic | None:
         prompt_tokens=statistics.fmean(request.prompt_tokens for request in counted),
         output_tokens=statistics.fmean(request.output_tokens for request in counted),
         rate_rps=workload.mean_rps,
-        cached_tokens=statistics.fmean(r.prompt_tokens - 1 if r.blocks else r.prefix_tokens for r in counted),
+        cached_tokens=statistics.fmean(cached_tokens(request) for request in counted),
     )
 
 

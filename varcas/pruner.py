@@ -23,7 +23,7 @@ from varcas.experiment import Choices, Experiment, Range, Workload
 from varcas.gpus import GIB, GpuSpec, ceiling, installed, variants
 from varcas.model import ModelSpec, from_config
 from varcas.records import ScheduledRequest, TrialRow
-from varcas.rules import Refusal, Site, bound_ms, judge, judge_all, nearest_feasible
+from varcas.rules import Feasible, Refusal, Site, bound_ms, judge, judge_all, nearest_feasible
 from varcas.space import Flags, Params, ServingConfig, Space
 from varcas.workload.schedule import schedule
 
@@ -210,11 +210,7 @@ class Pruner:
     def nearest(self, configs: Sequence[Mapping[str, JsonValue]]) -> str:
         """What would have to change, as far as physics goes."""
         feasible = nearest_feasible(self._site, configs)
-        found = [
-            f"{key} of {_rounded_up(least)} (now {self._site.slo[key]:g})"
-            for key, least in feasible.slo_ms.items()
-            if least > self._site.slo[key]
-        ]
+        found = self._nearest_load(feasible)
         there = self._site.gpu.memory_bytes if self._site.gpu is not None else None
         if feasible.gpu_memory_bytes is not None and there is not None and feasible.gpu_memory_bytes > there:
             found.append(f"a GPU with {_rounded_up(feasible.gpu_memory_bytes / GIB)} GiB (now {there / GIB:.4g})")
@@ -223,6 +219,16 @@ class Pruner:
             found.append(f"gpu_memory_utilization {_rounded_up(feasible.share)}{longest}")
         nearest = f" The nearest that physics allows: {' and '.join(found)}." if found else ""
         return f"{nearest} To start them all the same: `study: {{prune: false}}`."
+
+    def _nearest_load(self, feasible: Feasible) -> list[str]:
+        """The least limits, and where these are out of reach at this rate alone, the largest rate in their place."""
+        slo = self._site.slo
+        missed = [(key, least) for key, least in feasible.slo_ms.items() if least > slo[key]]
+        told = " and ".join(f"{key} of {_rounded_up(least)} (now {slo[key]:g})" for key, least in missed)
+        if missed and feasible.rate_rps is not None:
+            asked = self._experiment.workload.mean_rps or 0.0
+            told += f", or a rate of {_rounded_down(feasible.rate_rps)} requests/s (now {asked:g})"
+        return [told] if told else []
 
     def _rules_of(self, configs: Sequence[Mapping[str, JsonValue]]) -> set[str]:
         return {refusal.rule for refusal in self._judged(configs) if refusal is not None}
@@ -345,8 +351,18 @@ def _spread(audits: Iterable[Audit]) -> list[Audit]:
 
 def _rounded_up(number: float) -> str:
     """To three digits, never down."""
-    scale = 10.0 ** (2 - math.floor(math.log10(number)))
+    scale = _three_digits(number)
     return f"{math.ceil(number * scale) / scale:g}"
+
+
+def _rounded_down(number: float) -> str:
+    """To three digits, never up."""
+    scale = _three_digits(number)
+    return f"{math.floor(number * scale) / scale:g}"
+
+
+def _three_digits(number: float) -> float:
+    return float(10.0 ** (2 - math.floor(math.log10(number))))
 
 
 # ---- what the rules know
@@ -375,7 +391,7 @@ def site_of(
     text = facts.model_config if facts is not None else here
     config = _json_mapping(text)
     model = _described(config, experiment.model)
-    prompts, outputs, shared, drawn_for = _lengths(experiment, model) if experiment.slo else ((), (), 0, None)
+    lengths = _lengths(experiment, model) if experiment.slo else _Lengths()
     return Site(
         model=model,
         config=config,
@@ -387,10 +403,11 @@ def site_of(
         engine_version=facts.engine_version if facts is not None else None,
         env={**(facts.engine_env if facts is not None else {}), **experiment.server.env},
         slo=experiment.slo,
-        prompt_tokens=prompts,
-        output_tokens=outputs,
-        shared_tokens=shared,
-        drawn_for=drawn_for,
+        prompt_tokens=lengths.prompts,
+        output_tokens=lengths.outputs,
+        shared_tokens=lengths.shared,
+        drawn_for=lengths.drawn_for,
+        window_s=lengths.window_s,
     )
 
 
@@ -429,7 +446,15 @@ def draft_names(experiment: Experiment) -> set[str]:
     return {name for some in flags for name, _ in other_models(some)}
 
 
-_Lengths = tuple[Sequence[int], Sequence[int], Sequence[int] | int, int | None]
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Tokens of requests, as `Site` has them."""
+
+    prompts: Sequence[int] = ()
+    outputs: Sequence[int] = ()
+    shared: Sequence[int] | int = 0
+    drawn_for: int | None = None
+    window_s: float | None = None
 
 
 def _lengths(experiment: Experiment, model: ModelSpec | None) -> _Lengths:
@@ -444,12 +469,13 @@ def _lengths(experiment: Experiment, model: ModelSpec | None) -> _Lengths:
     same = all(isinstance(length, int) and _drawn(experiment, length) == drawn for length in possible)
     drawn_for = None if same else given if isinstance(given, int) else 0
     if not drawn or any(request.prompt is not None for request in drawn):  # the server counts the tokens of texts
-        return (), (), 0, drawn_for
+        return _Lengths(drawn_for=drawn_for)
     shared = [cached_tokens(request) for request in drawn]
     if server_decides(workload, drawn):
-        fresh = min(max(1, request.prompt_tokens - cached) for request, cached in zip(drawn, shared, strict=True))
-        return (fresh,), (min(request.output_tokens for request in drawn),), 0, drawn_for
-    return [r.prompt_tokens for r in drawn], [r.output_tokens for r in drawn], shared, drawn_for
+        fresh = min(request.prompt_tokens - cached for request, cached in zip(drawn, shared, strict=True))
+        return _Lengths((fresh,), (min(request.output_tokens for request in drawn),), 0, drawn_for)
+    prompts, outputs = [r.prompt_tokens for r in drawn], [r.output_tokens for r in drawn]
+    return _Lengths(prompts, outputs, shared, drawn_for, workload.duration_s)
 
 
 def _drawn(experiment: Experiment, max_len: int | None) -> tuple[ScheduledRequest, ...]:
@@ -467,8 +493,9 @@ def server_decides(workload: Workload, drawn: Iterable[ScheduledRequest]) -> boo
 
 
 def cached_tokens(request: ScheduledRequest) -> int:
-    """The most of a prompt that other requests may have left in the prefix cache."""
-    return request.prompt_tokens if request.blocks else request.prefix_tokens
+    """The most of a prompt that other requests may have left in the prefix cache: its last token is always computed."""
+    shared = request.prompt_tokens if request.blocks else request.prefix_tokens
+    return min(shared, max(request.prompt_tokens - 1, 0))
 
 
 def _possible_lengths(experiment: Experiment, longest: int | None) -> Iterator[object]:

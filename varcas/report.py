@@ -244,6 +244,7 @@ def recommend(
     script: str | None = None,
     ended: str | None = None,
     ruled_out: str | None = None,
+    rules_off: Sequence[str] = (),
 ) -> Recommendation:
     """Turns a study's rows into its answer. Pure: writes nothing.
 
@@ -253,9 +254,12 @@ def recommend(
         script: path of the start script.
         ended: why the search ended.
         ruled_out: why nothing was started at all.
+        rules_off: rules that are off for this study, with what proved them wrong; what rows say of it is not repeated.
     """
     finding = find(rows, experiment)
     objective = experiment.objectives[0]
+    said = refutations(rows)
+    unsaid = [text for text in rules_off if not any(warning.startswith(text) for warning in said)]
     baseline = _arm(finding.baseline, rows, "baseline", objective)
     winner = _arm(finding.winner, rows, "candidate", objective)
     gain = _gain(baseline, winner, objective)
@@ -285,7 +289,7 @@ def recommend(
         front=[arm for row in finding.front if (arm := _arm(row, rows, "candidate", objective))],
         counts=dict(Counter(row.state for row in rows if row.purpose != "confirm")),
         failures=_failures(rows, base_flags),
-        warnings=_warnings(rows, finding, gain, deployed, experiment),
+        warnings=[*unsaid, *said, *_warnings(rows, finding, gain, deployed, experiment)],
         ended=ended,
     )
 
@@ -525,7 +529,7 @@ def _warnings(
             "rows come from several engine versions: compare with care",
         ),
     ]
-    return [*refutations(rows), *(text for applies, text in checks if applies)]
+    return [text for applies, text in checks if applies]
 
 
 def _overrun(finding: Finding, experiment: Experiment) -> bool:

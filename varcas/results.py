@@ -88,8 +88,8 @@ class Results:
         name = self._named(study)
         scripts = self.path / "studies" / name
         saved = self._store.study(name) or {}
-        ended, ruled_out = saved.get("ended"), saved.get("ruled_out")
-        answer = recommend(self._store.rows(name), self.experiment(name), ended=ended, ruled_out=ruled_out)
+        told = {key: saved[key] for key in ("ended", "ruled_out", "rules_off") if key in saved}
+        answer = recommend(self._store.rows(name), self.experiment(name), **told)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})

@@ -25,7 +25,7 @@ from pydantic import JsonValue
 
 from varcas.errors import InputError
 from varcas.gpus import GIB, GpuSpec
-from varcas.memory import Serve, layer_kv_bytes, memory, settings
+from varcas.memory import Serve, cpu_cache_bytes, layer_kv_bytes, memory, settings
 from varcas.model import ModelSpec, dtype_name
 from varcas.records import LATENCY_METRICS
 from varcas.roofline import Step, decode, prefill
@@ -62,6 +62,7 @@ class Site:
         output_tokens: of the same requests; likewise.
         shared_tokens: the most of a prompt that a prefix cache may hold already: one number, or one for each request.
         drawn_for: `max_model_len` that the lengths were drawn for; None when they are the same for all.
+        window_s: seconds within which these requests, and no fewer, are due; None where that depends on the server.
     """
 
     model: ModelSpec | None = None
@@ -78,6 +79,7 @@ class Site:
     output_tokens: Sequence[int] | npt.NDArray[Any] = ()
     shared_tokens: int | Sequence[int] | npt.NDArray[Any] = 0
     drawn_for: int | None = None
+    window_s: float | None = None
     _known: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def once(self, key: Hashable, make: Callable[[], Found]) -> Found:
@@ -176,10 +178,11 @@ LOOSE: dict[str, tuple[JsonValue, ...]] = {
     **dict.fromkeys(
         (
             "additional_config", "attention_config", "config_format", "convert", "cpu_offload_gb", "cpu_offload_params",
-            "diffusion_config", "engram_config", "hf_config_path", "hf_overrides", "kernel_config",
-            "kv_offloading_size", "kv_sharing_fast_prefill", "kv_transfer_config", "linear_backend",
-            "model_class_overrides", "model_impl", "model_loader_extra_config", "moe_backend", "offload_backend",
-            "offload_group_size", "offload_num_in_group", "offload_params", "offload_prefetch_step",
+            "diffusion_config", "ec_transfer_config", "engram_config", "hf_config_path", "hf_overrides",
+            "kernel_config", "kv_offloading_size", "kv_sharing_fast_prefill", "kv_transfer_config", "linear_backend",
+            "mm_encoder_only", "model_class_overrides", "model_impl", "model_loader_extra_config",
+            "moe_backend", "offload_backend", "offload_group_size",
+            "offload_num_in_group", "offload_params", "offload_prefetch_step",
             "override_generation_config", "quantization_config", "rope_scaling", "rope_theta", "runner",
             "scheduler_cls", "swa_bounded_replay", "task", "worker_cls",
         ),
@@ -322,8 +325,7 @@ def _budget(site: Site, flags: Flags) -> float | None:
     if total is None:
         return None
     share = _number(flags, "gpu_memory_utilization")
-    sized = any(flags.get(name) is not None for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"))
-    if share is None or not 0 < share <= 1 or sized:  # what sizes the cache itself overrules the share
+    if share is None or not 0 < share <= 1 or _is_sized(site, flags):
         share = 1.0
     return share * total
 
@@ -368,9 +370,7 @@ def _sequence_does_not_fit(site: Site, flags: Flags) -> str | None:
 def _cpu_share_too_small(site: Site, flags: Flags) -> str | None:
     """Without a given size the CPU build takes its share of the memory less what the worker holds, weights included."""
     held, budget = _held(site, flags), _budget(site, flags)
-    if held is None or budget is None or _given_cache(site, flags) is not None:
-        return None
-    if held.serve.tensor_parallel_size > 1 or flags.get("num_gpu_blocks_override") is not None:
+    if held is None or budget is None or held.serve.tensor_parallel_size > 1 or _is_sized(site, flags):
         return None
     length = _integer(flags, "max_model_len")
     cache = 0.0 if length is None else held.sequence_bytes(length)
@@ -384,10 +384,24 @@ def _cpu_share_too_small(site: Site, flags: Flags) -> str | None:
 
 def _given_cache(site: Site, flags: Flags) -> tuple[int, str] | None:
     """Bytes of the KV cache where a setting fixes them, and its name."""
-    if site.on_cpu and (space := site.env.get("VLLM_CPU_KVCACHE_SPACE")):
-        return (int(space) * GIB, "VLLM_CPU_KVCACHE_SPACE") if space.isdecimal() else None
-    given = _integer(flags, "kv_cache_memory_bytes")
-    return None if given is None else (given, "kv_cache_memory_bytes")
+    given, name = _integer(flags, "kv_cache_memory_bytes"), "kv_cache_memory_bytes"
+    if site.on_cpu and site.env.get("VLLM_CPU_KVCACHE_SPACE"):  # it goes before the flag
+        given, name = _space_bytes(site.env), "VLLM_CPU_KVCACHE_SPACE"
+    return None if given is None else (given, name)
+
+
+def _space_bytes(env: Mapping[str, str]) -> int | None:
+    """None for what is not read here: vLLM may, or will say so."""
+    try:
+        return cpu_cache_bytes(env)
+    except InputError:
+        return None
+
+
+def _is_sized(site: Site, flags: Flags) -> bool:
+    """Whether something is given, read here or not, that sizes the KV cache itself and overrules the share."""
+    given = any(flags.get(name) is not None for name in ("kv_cache_memory_bytes", "num_gpu_blocks_override"))
+    return given or (site.on_cpu and bool(site.env.get("VLLM_CPU_KVCACHE_SPACE")))
 
 
 def _given_cache_too_small(site: Site, flags: Flags) -> str | None:
@@ -665,7 +679,14 @@ def speculation(flags: Flags) -> Mapping[str, JsonValue] | None:
     if not isinstance(given, dict):
         return None
     short = zip(SPECULATION[1:], ("method", "model", "num_speculative_tokens"), strict=True)
-    return {**given, **{key: flags[flag] for flag, key in short if flags.get(flag) is not None}}
+    told = {name.replace("-", "_"): value for name, value in given.items()}  # as vLLM does
+    told |= {key: flags[flag] for flag, key in short if flags.get(flag) is not None}
+    return None if _is_class(told.get("model")) else told
+
+
+def _is_class(model: JsonValue) -> bool:
+    """Whether vLLM from 0.24 on may take it for a Python class of one's own: then no method is what it is called."""
+    return isinstance(model, str) and "." in model and "/" not in model
 
 
 def _drafted(flags: Flags) -> int | None:
@@ -776,6 +797,8 @@ class _Waits:
         step: a decode step that gives one token.
         token: of decoding, with every draft accepted.
         output: tokens of its answer.
+        filling_s: seconds of compute of its prompt, with all GPUs of the server at work on it.
+        answering_s: the same of its answer.
         drafted: tokens that a step drafts.
     """
 
@@ -783,6 +806,8 @@ class _Waits:
     step: Floats
     token: Floats
     output: Floats
+    filling_s: Floats
+    answering_s: Floats
     drafted: int
 
     def of(self, name: str) -> Floats:
@@ -800,6 +825,13 @@ class _Waits:
         whole = self.ttft + later * self.token
         return whole if name == "e2e" else whole / np.maximum(self.output, 1)
 
+    def work_s(self, name: str, statistic: str) -> float:
+        """Compute of the requests that a percentile's limit must see served, of so many the least; 0 of a mean."""
+        if name not in ("ttft", "e2e") or statistic not in PERMILLE:
+            return 0.0
+        each = np.sort(self.filling_s + (self.answering_s if name == "e2e" else 0.0))
+        return float(each[: _rank(len(each), statistic)].sum())
+
 
 def _waits(site: Site, flags: Flags) -> _Waits | None:
     held, drafted = _held(site, flags), _drafted(flags)
@@ -811,34 +843,49 @@ def _waits(site: Site, flags: Flags) -> _Waits | None:
         return None
     if any(name in site.env for name in LOOSE_ENV):
         return None
-    shares = flags.get("enable_prefix_caching") is not False
-    key = ("waits", id(held), drafted, shares)
+    shares, engines = flags.get("enable_prefix_caching") is not False, _integer(flags, "data_parallel_size", 1)
+    key = ("waits", id(held), drafted, shares, engines)
     gpu = site.gpu
-    return site.once(key, lambda: _wait(site, gpu, held, drafted, shares))
+    return site.once(key, lambda: _wait(site, gpu, held, drafted, shares, engines or math.inf))
 
 
-def _wait(site: Site, gpu: GpuSpec, held: _Held, drafted: int, shares: bool) -> _Waits:
+def _wait(site: Site, gpu: GpuSpec, held: _Held, drafted: int, shares: bool, engines: float) -> _Waits:
     prompt, output = (np.asarray(tokens, dtype=np.float64) for tokens in (site.prompt_tokens, site.output_tokens))
     cached = np.minimum(np.asarray(site.shared_tokens, dtype=np.float64), prompt - 1) if shares else np.zeros(1)
     model, serve, fresh = held.model, held.serve, prompt - cached
-    first = _seconds(prefill(model, serve, 1, fresh, cached=cached), gpu, held) / (held.stages * held.replicas)
+    filling, single = prefill(model, serve, 1, fresh, cached=cached), decode(model, serve, 1, prompt)
+    first = _seconds(filling, gpu, held) / (held.stages * held.replicas)
     each = np.arange(1.0, drafted + 2)[:, np.newaxis]
     steps = _seconds(decode(model, serve, 1, prompt, new_tokens=each), gpu, held) / held.replicas
     token: Floats = (steps / each).min(axis=0)
-    return _Waits(1e3 * np.broadcast_to(first, prompt.shape), 1e3 * steps[0], 1e3 * token, output, drafted)
+    at_once, later = held.stages * engines, np.maximum(output - 1, 0)
+    return _Waits(
+        ttft=1e3 * np.broadcast_to(first, prompt.shape),
+        step=1e3 * steps[0],
+        token=1e3 * token,
+        output=output,
+        filling_s=np.broadcast_to(_compute_s(filling, gpu) / at_once, prompt.shape),
+        answering_s=later * _compute_s(single, gpu) / at_once,
+        drafted=drafted,
+    )
 
 
 def _seconds(step: Step, gpu: GpuSpec, held: _Held) -> Floats:
-    """The least time: links between GPUs are not counted, caches hold what they can, fp8 attention counts as such."""
+    """The least time: links between GPUs are not counted, caches hold what they can."""
+    cache = CACHE_MIB.get(gpu.compute_capability or 0, OTHER_CACHE_MIB) * 2**20 * held.stages
+    moved = np.maximum(step.bytes - cache, 0) / (BANDWIDTH_HEADROOM * gpu.memory_bytes_per_s)
+    slowest: Floats = np.maximum(_compute_s(step, gpu), moved)
+    return slowest
+
+
+def _compute_s(step: Step, gpu: GpuSpec) -> Floats:
+    """At the highest clocks; fp8 attention counts as such."""
     compute: Floats = np.zeros(())
     for name, work in step.classes.items():
         peak = gpu.ceiling_flops(work.dtype)
         peak = max(peak, gpu.ceiling_flops("fp8")) if name == "attention_scores" else peak
         compute = compute + work.flops / peak
-    cache = CACHE_MIB.get(gpu.compute_capability or 0, OTHER_CACHE_MIB) * 2**20 * held.stages
-    moved = np.maximum(step.bytes - cache, 0) / (BANDWIDTH_HEADROOM * gpu.memory_bytes_per_s)
-    slowest: Floats = np.maximum(compute, moved)
-    return slowest
+    return compute
 
 
 def _statistic(values: Floats, name: str) -> float:
@@ -847,15 +894,21 @@ def _statistic(values: Floats, name: str) -> float:
         return 0.0
     if name == "mean":
         return float(values.mean())
-    rank = max(1, -(-len(values) * PERMILLE[name] // 1000))
+    rank = _rank(len(values), name)
     return float(np.partition(values, rank - 1)[rank - 1])
+
+
+def _rank(count: int, statistic: str) -> int:
+    """Of the percentile among so many, from 1."""
+    return max(1, -(-count * PERMILLE[statistic] // 1000))
 
 
 def bound_ms(site: Site, flags: Flags, key: str) -> float | None:
     """The least value that an SLO key can have on the fastest such GPU; None where that is not known.
 
     For every request of the workload the least time is taken, and of these the key's statistic: a measured one is no
-    smaller, since a request that fails counts as infinitely late.
+    smaller, since a request that fails counts as infinitely late. Nor is it smaller than what is left of the least
+    compute of as many requests as the percentile asks for when the last of them is due.
 
     Args:
         site: with the lengths of the workload.
@@ -865,8 +918,40 @@ def bound_ms(site: Site, flags: Flags, key: str) -> float | None:
     waits = _waits(site, flags)
     if waits is None or key not in LATENCY_METRICS:
         return None
+    return max(_alone_ms(site, waits, key), _queue_ms(site, waits, key))
+
+
+def _parts(key: str) -> tuple[str, str]:
+    """`ttft_p95_ms` is (`ttft`, `p95`)."""
     name, _, statistic = key.removesuffix("_ms").partition("_")
-    return site.once(("bound", id(waits), key), lambda: _statistic(waits.of(name), statistic))
+    return name, statistic
+
+
+def _alone_ms(site: Site, waits: _Waits, key: str) -> float:
+    """With the server to itself for each request."""
+    name, statistic = _parts(key)
+    return site.once(("alone", id(waits), key), lambda: _statistic(waits.of(name), statistic))
+
+
+def _queue_ms(site: Site, waits: _Waits, key: str) -> float:
+    """So many requests are due within the window, and so much of their compute is not done by its end; 0 for none."""
+    if site.window_s is None:
+        return 0.0
+    return 1e3 * max(0.0, _work_s(site, waits, key) - site.window_s)
+
+
+def _work_s(site: Site, waits: _Waits, key: str) -> float:
+    return site.once(("work", id(waits), key), lambda: waits.work_s(*_parts(key)))
+
+
+def _rate_at_most(site: Site, flags: Flags) -> float | None:
+    """Requests a second at which these limits are not out of reach; None where no rate does that, or none is told."""
+    waits, keys = _waits(site, flags), [key for key in site.slo if key in LATENCY_METRICS]
+    if waits is None or site.window_s is None or any(_alone_ms(site, waits, key) > site.slo[key] for key in keys):
+        return None
+    asked = len(site.prompt_tokens) / site.window_s
+    ends_s = {key: site.window_s + site.slo[key] / 1e3 for key in keys}
+    return min((asked * ends_s[key] / work for key in keys if (work := _work_s(site, waits, key))), default=None)
 
 
 STATISTICS = ("mean", *PERMILLE)
@@ -880,14 +965,22 @@ def _slo_rule(latency: str, statistics: tuple[str, ...], kind: Kind = "hard") ->
             limit = site.slo.get(key)
             least = None if limit is None else bound_ms(site, flags, key)
             if limit is not None and least is not None and least > limit:
-                gpu = "" if site.gpu is None else site.gpu.name
-                return f"{key} is at least {least:.4g} on a {gpu}, above the limit of {limit:g}"
+                where = f"on a {'' if site.gpu is None else site.gpu.name}{_at_rate(site, flags, key)}"
+                return f"{key} is at least {least:.4g} {where}, above the limit of {limit:g}"
         return None
 
     return Rule(
         f"slo_{latency}", kind, "", SLO_READS, "formula: docs/roofline.md, Rules", "gpu", check,
         lambda site: _is_gpu(site) and any(key in site.slo for key in keys),
     )  # fmt: skip
+
+
+def _at_rate(site: Site, flags: Flags, key: str) -> str:
+    """What to say where the rate alone makes a limit impossible."""
+    waits = _waits(site, flags)
+    if waits is None or site.window_s is None or _queue_ms(site, waits, key) <= _alone_ms(site, waits, key):
+        return ""
+    return f" with {len(site.prompt_tokens) / site.window_s:.3g} requests/s"
 
 
 def _is_gpu(site: Site) -> bool:
@@ -1114,6 +1207,8 @@ class Feasible:
 
     Attributes:
         slo_ms: for each SLO key the smallest limit that some configuration's physical bound allows.
+        rate_rps: the largest rate at which some configuration may meet all limits as they are; None when that is not
+            told, or no rate is low enough.
         gpu_memory_bytes: the least memory on a GPU that weights and one sequence of some configuration need.
         share: the least `gpu_memory_utilization` of this GPU that holds that; None when all of it is too little.
         max_model_len: the longest that some configuration has room for as it is; None when none has.
@@ -1121,6 +1216,7 @@ class Feasible:
 
     slo_ms: Mapping[str, float]
     gpu_memory_bytes: float | None
+    rate_rps: float | None = None
     share: float | None = None
     max_model_len: int | None = None
 
@@ -1135,8 +1231,13 @@ def nearest_feasible(site: Site, configs: Sequence[Flags]) -> Feasible:
     need, total = min(needs, default=None), _memory_bytes(site)
     share = None if need is None or total is None or need > total else need / total
     lengths = [length for flags in some if (length := _longest_with_room(site, flags))]
+    rates = [rate for flags in some if (rate := _rate_at_most(site, flags)) is not None]
     return Feasible(
-        {key: min(found) for key, found in limits.items() if found}, need, share, max(lengths, default=None)
+        slo_ms={key: min(found) for key, found in limits.items() if found},
+        gpu_memory_bytes=need,
+        rate_rps=max(rates, default=None),
+        share=share,
+        max_model_len=max(lengths, default=None),
     )
 
 

@@ -648,11 +648,11 @@ class Sweeper:
         """Writes the start scripts and returns the recommendation."""
         directory = Path(self.experiment.results) / "studies" / self.experiment.name
         script = write_scripts(self._rows, self.experiment, directory)
+        off = list(self.pruner.disabled.values())
+        told: dict[str, Any] = {"ended": self.ended, "ruled_out": self.ruled_out, "rules_off": off}
         saved = self.store.study(self.experiment.name) or {}
-        self.store.save_study(self.experiment.name, {**saved, "ended": self.ended, "ruled_out": self.ruled_out})
-        found = recommend(self._rows, self.experiment, script=script, ended=self.ended, ruled_out=self.ruled_out)
-        unsaid = [t for t in self.pruner.disabled.values() if not any(w.startswith(t) for w in found.warnings)]
-        return found.model_copy(update={"warnings": [*unsaid, *found.warnings]}) if unsaid else found
+        self.store.save_study(self.experiment.name, {**saved, **told})
+        return recommend(self._rows, self.experiment, script=script, **told)
 
     # pieces
 
