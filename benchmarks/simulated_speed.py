@@ -16,7 +16,7 @@ from varcas.experiment import Experiment, Hardware, load_experiment
 from varcas.journey import run_phases
 from varcas.simulated import Simulator
 from varcas.space import ServingConfig
-from varcas.sweeper import Event, outcome_columns
+from varcas.starts import Event, outcome_columns
 from varcas.trial import TrialTask
 from varcas.virtual import VirtualLoad
 from varcas.workload.schedule import schedule

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from varcas.engine.node import Checked, NodeFacts
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Server
 from varcas.records import HostFacts, LoadResult, Outcome, RequestRecord, StageTimes
-from varcas.trial import TrialTask
+from varcas.trial import Done, Plan, Series, TrialTask
 
 
 class EasyNode:
@@ -95,3 +96,17 @@ def ends_before_its_window(task: TrialTask, cancelled: threading.Event) -> Outco
     empty = LoadResult((), 0.0, 0.0, 0.0, 0.0)
     error = TrialError("crashed_under_load", "gone")
     return outcome(1, state="failed", load=empty, failure_kind=error.kind, failure_detail=error.detail)
+
+
+def by_capacity(task: TrialTask, cancelled: threading.Event, *, plan: Plan) -> Series:
+    """A server that holds 10 requests/s for each of its `max_num_seqs`, and beyond is a second late."""
+    holds_rps = 10.0 * int(str(task.config.flags.get("max_num_seqs", 1)))
+    done: list[Done] = []
+    while step := plan.next(tuple(done)):
+        found = outcome(100)
+        assert found.load is not None
+        if (step.workload.rate_rps or 0) > holds_rps:
+            late = tuple(replace(r, first_token_s=(r.first_token_s or 0) + 1) for r in found.load.records)
+            found = replace(found, load=replace(found.load, records=late))
+        done.append(Done(step, found))
+    return Series(tuple(done))

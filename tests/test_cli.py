@@ -17,8 +17,8 @@ from tests.rows import confirm, experiment, failed, row
 from varcas.cli import parse_duration
 from varcas.errors import InputError
 from varcas.live import Progress, reason
+from varcas.starts import Event, Plan
 from varcas.store import Store
-from varcas.sweeper import Event, Plan
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -23,10 +23,11 @@ from varcas.columns import Measured, Requests
 from varcas.errors import InputError
 from varcas.experiment import ArrivalKind
 from varcas.intervals import t_quantile
-from varcas.metrics import MAX_EXCESS, Series, compare, constraints_of, is_good, percentile, reported, summarise
+from varcas.metrics import Series, compare, constraints_of, is_good, percentile, reported, summarise
 from varcas.records import (
     LATENCIES,
     LATENCY_METRICS,
+    MAX_EXCESS,
     SENT_STATISTICS,
     SLO_PRESETS,
     STATISTICS,

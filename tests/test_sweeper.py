@@ -19,7 +19,8 @@ from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
 from varcas.results import Results, trial_text
-from varcas.sweeper import Event, outcome_columns, sweep
+from varcas.starts import Event, outcome_columns
+from varcas.sweeper import sweep
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(150)]
 
@@ -268,3 +269,34 @@ def test_the_baseline_is_started_whatever_the_rules_say(tmp_path: Path) -> None:
     answer, events = on_t4(experiment(other, text, study))
     assert f"rule {RULE} is wrong" in said(events)
     assert any(RULE in warning for warning in answer.warnings)
+
+
+def test_a_sweep_may_look_for_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varcas.sweeper.run_series", sweep_work.by_capacity)
+    slo = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    answer = run(
+        experiment(tmp_path, f"space: {{max_num_seqs: {{choices: [2, 4]}}}}\n{slo}", "{trials: 3, repeats: 1}")
+    )
+    rows = Results(tmp_path / "results").trials()
+    own, aside = ([row for row in rows if (row.purpose == "capacity") == is_aside] for is_aside in (False, True))
+    assert answer.winner.values == [pytest.approx(40, rel=0.05)]
+    found = {row.params_json: row.capacity_rps for row in own if row.purpose == "search"}
+    assert found == {
+        '{"max_num_seqs": 2}': pytest.approx(20, rel=0.05),
+        '{"max_num_seqs": 4}': pytest.approx(40, rel=0.05),
+    }
+    assert all(row.slo_met and row.rate_rps <= row.capacity_rps for row in own)
+    assert {row.server_id for row in aside} == {row.server_id for row in own}
+    assert all(row.capacity_rps is None for row in aside)
+    assert len({row.trial_id for row in rows}) == len({row.number for row in rows}) == len(rows)
+    assert answer.counts == {"complete": 3}
+
+
+def test_a_capacity_needs_a_rate_that_can_be_raised(tmp_path: Path) -> None:
+    extra = "slo: {ttft_p95_ms: 500}\nobjective: {maximize: capacity_rps}\n"
+    closed = "workload: {profile: chat-short, arrival: {kind: closed, users: 2}}"
+    text = experiment(tmp_path, SPACE + extra).model_copy(
+        update={"workload": parse_experiment(f"name: t\nmodel: m\n{closed}\n").workload}
+    )
+    with pytest.raises(InputError, match="closed: has no single rate"):
+        run(text)

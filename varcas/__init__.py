@@ -7,6 +7,8 @@ answer = varcas.sweep(experiment)
 print(answer.headline, answer.deploy)
 rows = varcas.Results("results").trials("quickstart")
 limits = varcas.roofline_report(experiment, ["T4", "L4"])
+curve = varcas.batch_size_search(experiment, [1, 2, 4, 8])
+capacity = varcas.find_capacity(experiment)
 """
 
 from __future__ import annotations
@@ -14,9 +16,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Results", "__version__", "load_experiment", "roofline_report", "run_phases", "sweep"]
+__all__ = [
+    "Results",
+    "__version__",
+    "batch_size_search",
+    "find_capacity",
+    "load_experiment",
+    "roofline_report",
+    "run_phases",
+    "sweep",
+]
 
 if TYPE_CHECKING:
+    from varcas.batch_size import batch_size_search
+    from varcas.capacity import find_capacity
     from varcas.experiment import load_experiment
     from varcas.journey import run_phases
     from varcas.limits import roofline_report
@@ -29,6 +42,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     homes = {
+        "batch_size_search": "varcas.batch_size",
+        "find_capacity": "varcas.capacity",
         "load_experiment": "varcas.experiment",
         "Results": "varcas.results",
         "roofline_report": "varcas.limits",

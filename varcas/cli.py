@@ -187,6 +187,93 @@ def _looked_at(loaded: Experiment, place: list[str]) -> list[str]:
     return [f"{loaded.name}.{loaded.phases[-1].name}", "--results", loaded.results]
 
 
+@app.command("batch-size")
+def batch_size(
+    experiment: ExperimentArg,
+    values: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="to measure [default: the space's, else powers of two]")
+    ] = None,
+    flag: Annotated[str, typer.Option(help="max_num_seqs or max_num_batched_tokens")] = "max_num_seqs",
+    fresh: Annotated[bool, typer.Option("--fresh", help="a server of its own for each value")] = False,
+    confirm: Annotated[bool, typer.Option("--confirm", help="start the pick afresh, `study.repeats` times")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="draw the curve: .svg, .png or .html")] = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Measures the baseline with each batch size, on one server where its vLLM allows it; knee, pick and plot.
+
+    What is measured already is not measured again.
+
+    Example: `varcas batch-size experiments/quickstart.yaml --values 1,2,4,8 --json`
+    """
+    from varcas.batch_size import batch_size_search
+    from varcas.live import Progress, curve_text
+
+    loaded = _with(load_experiment(experiment), results=results, trials=None, repeats=None)
+    stopping = threading.Event()
+    with _signals(stopping), Progress() as progress:
+        try:
+            answer = batch_size_search(
+                loaded,
+                _numbers("--values", values),
+                flag=flag,
+                fresh=fresh,
+                confirm=confirm,
+                address=address,
+                on_event=progress,
+                stopping=stopping,
+            )
+        except KeyboardInterrupt:
+            _interrupted(loaded)
+    if plot is not None:
+        from varcas.pictures import draw_curve
+
+        print(draw_curve(answer, plot), file=sys.stderr)
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        _rich(curve_text(answer))
+    if answer.pick is None:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
+@app.command()
+def capacity(
+    experiment: ExperimentArg,
+    budget: Annotated[str | None, typer.Option(help="for the start and the loads: 5m, 900s")] = None,
+    precision: Annotated[
+        float, typer.Option(min=0.005, max=0.5, help="how far apart the rates that hold and miss may be in the end")
+    ] = 0.04,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster [default: a local Ray]")] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """Finds the highest request rate at which the baseline meets the SLO, from one server start.
+
+    Example: `varcas capacity experiments/llama2_7b_awq_t4_slo.yaml --budget 10m`
+    """
+    from varcas.capacity import find_capacity
+    from varcas.live import Progress, capacity_text
+
+    budget_s = None if budget is None else parse_duration(budget)
+    loaded = _with(load_experiment(experiment), results=results, trials=None, repeats=None)
+    stopping = threading.Event()
+    with _signals(stopping), Progress() as progress:
+        try:
+            answer = find_capacity(
+                loaded, budget_s=budget_s, precision=precision, address=address, on_event=progress, stopping=stopping
+            )
+        except KeyboardInterrupt:
+            _interrupted(loaded)
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    else:
+        _rich(capacity_text(answer))
+    if answer.capacity_rps is None:
+        raise typer.Exit(EXIT_NO_ANSWER)
+
+
 @app.command()
 def load(
     url: Annotated[str, typer.Argument(metavar="URL", help="of an OpenAI-compatible endpoint, e.g. http://host:8000")],

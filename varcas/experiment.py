@@ -43,7 +43,7 @@ OWN_FLAGS = {
 """Flags that varcas sets itself, and what to do instead."""
 
 OBJECTIVES: dict[str, Literal["maximize", "minimize"]] = {
-    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s"), "maximize"),
+    **dict.fromkeys((*RATE_METRICS, "prompt_tokens_per_s", "capacity_rps"), "maximize"),
     **dict.fromkeys((*LATENCY_METRICS, "energy_j", "server_start_s"), "minimize"),
 }
 """Metric to the direction in which it is better."""
@@ -301,6 +301,10 @@ class Study(BaseModel):
         description="share of the configurations ruled out that is started all the same, to test the rules; at most "
         "this share of `trials`, rounded up, on top of them",
     )
+    early_stop: bool = Field(
+        default=True,
+        description="ends a search's load once its SLO is lost for certain, or the best so far is out of reach",
+    )
     order: bool = Field(
         default=True,
         description="up to 3 of the first proposals follow the roofline's estimates, where it has some",
@@ -517,6 +521,8 @@ class Experiment(BaseModel):
             raise ValueError(f"{both[0]} stands both in `serve` and in `space`: take it out of one")
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
             raise ValueError("objective goodput_rps needs an `slo`: without one every request is good")
+        if any(o.metric == "capacity_rps" for o in self.objectives) and not self.slo:
+            raise ValueError("objective capacity_rps needs an `slo`: it is the highest rate that meets it")
         return self
 
     def located(self, message: str) -> str:

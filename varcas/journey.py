@@ -33,8 +33,9 @@ from varcas.report import (
     value,
 )
 from varcas.space import ServingConfig
+from varcas.starts import Event, check
 from varcas.store import Store
-from varcas.sweeper import Event, check, sweep
+from varcas.sweeper import sweep
 
 Effect = Literal["helps", "no difference", "hurts", "fails", "not real", "not measured"]
 START_SD_FRAC = 0.04

@@ -16,11 +16,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from varcas.batch_size import BatchSizeCurve, Point
+from varcas.capacity import Capacity
 from varcas.experiment import Workload
 from varcas.measurement import Progress as LoadProgress
 from varcas.records import LATENCIES, STATISTICS, TrialRow
 from varcas.report import described
-from varcas.sweeper import Event, Plan
+from varcas.starts import Event, Plan
 
 SHOWN_ROWS = 15
 TOLD_EVERY_S = 5.0
@@ -60,7 +62,7 @@ def cell(value: float | None, digits: int = 1) -> str:
 
 def proposal_text(row: TrialRow) -> str:
     """What a row sets, and what for."""
-    if row.purpose == "load":
+    if row.purpose in ("load", "capacity"):
         return row.profile if row.rate_rps is None else f"{row.profile} at {row.rate_rps:g}/s"
     return described(row.purpose, row.arm, json.loads(row.params_json), json.loads(row.config_json))
 
@@ -72,6 +74,8 @@ def verdict_text(row: TrialRow) -> str:
 
 
 def _verdict_text(row: TrialRow) -> str:
+    if row.stopped_early:
+        return "slo lost, stopped early" if row.slo_met is False else "out of reach, stopped early"
     if row.state != "complete":
         return row.reason_rule or row.failure_kind or row.state
     if row.valid is False:
@@ -116,12 +120,84 @@ def row_line(row: TrialRow) -> str:
     """A row as one plain line."""
     head = f"trial {row.number}: {proposal_text(row)}: {verdict_text(row)}"
     if row.state != "complete":
-        return f"{head}: {reason(row.failure_detail)}"
+        return f"{head}: {reason(row.failure_detail or row.stopped_early)}"
     return (
         f"{head}: {cell(row.output_tokens_per_s)} tok/s, TTFT p50 {cell(row.ttft_p50_ms, 0)} ms, "
         f"TPOT mean {cell(row.tpot_mean_ms)} ms (start {cell(row.server_start_s, 0)} s, "
         f"overhead {cell(row.overhead_s, 2)} s)"
     )
+
+
+def curve_text(curve: BatchSizeCurve) -> Group:
+    """A batch-size curve as a table, and what follows from it."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (curve.flag, "tok/s", "95 %", "req/s", "goodput", "TTFT p50 ms", "TTFT p95 ms", "TPOT mean ms"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for point in curve.points:
+        lo, hi = point.output_tokens_per_s_lo, point.output_tokens_per_s_hi
+        table.add_row(
+            str(point.value),
+            cell(point.output_tokens_per_s),
+            "-" if lo is None or hi is None else f"{lo:.0f} to {hi:.0f}",
+            cell(point.request_rate_rps, 2),
+            cell(point.goodput_rps, 2),
+            cell(point.ttft_p50_ms, 0),
+            cell(point.ttft_p95_ms, 0),
+            cell(point.tpot_mean_ms),
+            Text(_point_words(curve, point)),
+        )
+    return Group(table, *(Text(line) for line in _curve_lines(curve)))
+
+
+def _point_words(curve: BatchSizeCurve, point: Point) -> str:
+    words = [name for name, value in (("pick", curve.pick), ("knee", curve.knee)) if value == point.value]
+    words += ["SLO missed"] if point.slo_met is False else []
+    words += ["saturated"] if point.saturated else []
+    return ", ".join([*words, *([reason(point.failure)] if point.failure else [])])
+
+
+def _curve_lines(curve: BatchSizeCurve) -> list[str]:
+    live = sum(point.measured_live for point in curve.points)
+    lines = [
+        f"{curve.starts} server starts, {duration(curve.wall_s)}; {live} of {len(curve.points)} values measured live"
+    ]
+    if curve.pick is None:
+        return [*lines, "nothing that was measured meets the SLO"]
+    lines.append(f"knee: {curve.flag} {curve.knee} ({curve.knee_method})")
+    interval = "" if curve.pick_lo is None else f" (95 % {cell(curve.pick_lo)} to {cell(curve.pick_hi)})"
+    lines.append(f"pick: {curve.flag} {curve.pick}: {curve.objective} {cell(curve.pick_value)}{interval}")
+    if curve.confirmed is not None:
+        fresh = curve.confirmed
+        span = "" if fresh.lo is None else f" (95 % {cell(fresh.lo)} to {cell(fresh.hi)})"
+        lines.append(
+            f"fresh starts: {len(fresh.values)}, mean {cell(fresh.mean)}{span}; live is {fresh.live_ratio:.3f} of it"
+        )
+    return [*lines, f"deploy: {curve.command}"]
+
+
+def capacity_text(answer: Capacity) -> Group:
+    """The loads of a capacity as a table, and the capacity."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("requests/s", "tok/s", "load s", *answer.slo):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for load in answer.loads:
+        excess = [cell(None if (x := load.constraints.get(key)) is None else 100 * x, 0) for key in answer.slo]
+        words = [load.failure and reason(load.failure), load.stopped_early and "stopped early"]
+        words += ["saturated" if load.saturated else None, "holds" if load.met else "missed"]
+        figures = (f"{load.rate_rps:g}", cell(load.output_tokens_per_s), cell(load.load_s))
+        table.add_row(*figures, *(f"{x} %" for x in excess), Text(", ".join(word for word in words if word)))
+    if answer.capacity_rps is None:
+        found = "no capacity: no rate that was tried meets the SLO"
+    else:
+        high = "open" if answer.capacity_rps_hi is None else f"{answer.capacity_rps_hi:.3g}"
+        found = (
+            f"capacity: {answer.capacity_rps:.3g} requests/s (95 % {cell(answer.capacity_rps_lo, 2)} to {high}, "
+            f"this start alone), limited by {answer.limited_by or 'nothing that was tried'}"
+        )
+    columns = "limits: value over the limit in %, at most 0 holds"
+    return Group(table, *(Text(line) for line in (columns, found, f"ended: {answer.ended}; {duration(answer.wall_s)}")))
 
 
 def load_text(row: TrialRow) -> str:

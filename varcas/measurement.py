@@ -9,16 +9,17 @@ import functools
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from varcas import telemetry
+from varcas.early_stop import StopRules, Watch
 from varcas.errors import TrialError
 from varcas.experiment import Workload
 from varcas.hardware import Gpu
-from varcas.records import LoadResult, RequestRecord, Sample
-from varcas.workload.driver import Load, StalledError
+from varcas.records import EarlyStop, Ended, LoadResult, Prompted, RequestRecord, Sample
+from varcas.workload.driver import Load, Seen, StalledError
 from varcas.workload.prompts import fit_prompts
 from varcas.workload.schedule import schedule
 from varcas.workload.wire import Endpoint, Target
@@ -67,16 +68,23 @@ class Progress:
 
 
 class Measurement:
-    """Runs once. `load`, `samples` and the stage times hold what there is, also after a failure."""
+    """Runs once. `load`, `samples` and the stage times hold what there is, also after a failure.
+
+    `early_stop` says why the load was ended by `stop_rules`; None when it was not.
+    """
 
     def __init__(
         self, load: Load, server: Loaded, workload: Workload, stall_timeout_s: float, prompts: Path,
         cancelled: threading.Event, on_progress: Callable[[Progress], None] = lambda progress: None,
+        stop_rules: StopRules | None = None,
     ) -> None:  # fmt: skip
         self._process, self._server, self._workload = load, server, workload
         self._stall_timeout_s, self._prompts, self._cancelled = stall_timeout_s, prompts, cancelled
         self._on_progress = on_progress
+        self._stop_rules = stop_rules
+        self._sampler: telemetry.Sampler | None = None
         self.load: LoadResult | None = None
+        self.early_stop: EarlyStop | None = None
         self.samples: tuple[Sample, ...] = ()
         self.warmup_s = self.load_s = self.drain_s = 0.0
 
@@ -96,6 +104,7 @@ class Measurement:
                     _check_not_all_failed(warmed, "warm-up: ")
                 self._wait_idle()
             with telemetry.Sampler(self._server.url, self._server.gpus) as sampler:
+                self._sampler = sampler
                 try:
                     result = self._run("measure", self._workload.duration_s, self._workload.max_drain_s)
                 finally:
@@ -138,6 +147,7 @@ class Measurement:
             cancelled=self._cancelled,
             alive=server.alive,
             on_progress=lambda sent, done: self._on_progress(Progress(stream, sent, done)),
+            seen=self._watched(fitted) if stream == "measure" else None,
         )
         result = self._kept(run, len(requests) - len(fitted)) if stream == "measure" else run()
         if self._cancelled.is_set():
@@ -145,6 +155,23 @@ class Measurement:
         if not server.alive():
             raise server.failure()
         return result
+
+    def _watched(self, fitted: Sequence[Prompted]) -> Seen | None:
+        """Ends the window's load once its answer is known; None where nothing may end it."""
+        if self._stop_rules is None or self._workload.arrives.users is not None:
+            return None
+        watch = Watch([one.request for one in fitted], self._stop_rules)
+
+        def seen(now_s: float, began: Sequence[int], ended: Sequence[Ended]) -> bool:
+            if now_s >= self._workload.duration_s:
+                return False
+            samples = self._sampler.samples(time.monotonic() - now_s) if self._sampler else ()
+            counts = [(one.t_s, one.output_tokens) for one in samples if one.output_tokens is not None]
+            stops = watch.seen(now_s, began, ended) or watch.counted(now_s, counts)
+            self.early_stop = watch.stop
+            return stops
+
+        return seen
 
     def _kept(self, run: Callable[[], LoadResult], num_left_out: int) -> LoadResult:
         """Runs a load and keeps what it measured, however it ended."""

@@ -17,7 +17,16 @@ import numpy as np
 from varcas.columns import Bools, Floats, Ints, Measured, Requests, token_events
 from varcas.experiment import ArrivalKind
 from varcas.intervals import Interval, mean_interval, nearest_rank, quantile_interval, rate_interval, t_quantile
-from varcas.records import LATENCIES, SENT_STATISTICS, STATISTICS, LoadResult, Sample
+from varcas.records import (
+    LATENCIES,
+    MAX_EXCESS,
+    PERMILLE,
+    SENT_STATISTICS,
+    STATISTICS,
+    LoadResult,
+    Sample,
+    split_key,
+)
 from varcas.saturation import STEADY_ARRIVALS, Filling, filling
 from varcas.validity import (
     growth,
@@ -29,14 +38,8 @@ from varcas.validity import (
     work_not_done,
 )
 
-PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
-"""Statistic to its rank in thousandths: integers, so that no rank depends on a rounding error."""
-
 MIN_BEYOND = 10
 """A percentile is told only where at least so many observations lie beyond it."""
-
-MAX_EXCESS = 100.0
-"""Largest value of a constraint: an infinite latency is 101 times its limit, and Optuna's sums stay finite."""
 
 MIN_STARTS = 3
 Verdict = Literal["better", "worse", "inconclusive"]
@@ -353,12 +356,6 @@ def _own_gaps_ms(series: Series, stat: str) -> Floats:
     ranks = np.maximum(1, -(-sizes * PERMILLE[stat] // 1000))
     own[some] = series.values[order][(starts + ranks - 1)[some]]
     return own
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """`ttft_p99_9_ms` is (`ttft`, `p99_9`)."""
-    name, _, rest = key.removesuffix("_ms").partition("_")
-    return name, rest
 
 
 def constraints_of(load: LoadResult | Measured, slo: Mapping[str, float]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Pictures of `varcas roofline`: the roofline, the memory of configurations, the feasible region. The door to Altair.
+"""Pictures of `varcas roofline` (roofline, memory, feasible region) and `varcas batch-size`. The door to Altair.
 
 Made to be read in black and white: shapes, dashes, greys that differ in lightness, and words beside what they mean.
 """
@@ -15,6 +15,8 @@ from typing import Any, Literal
 import altair as alt
 import vl_convert
 
+from varcas.batch_size import BatchSizeCurve
+from varcas.batch_size import Point as CurvePoint
 from varcas.errors import InputError
 from varcas.gpus import GIB
 from varcas.limits_answer import Cell, GpuRoofline, MeasuredPoint, MemoryOf, Point, Roofline
@@ -57,20 +59,40 @@ def pictures(answer: Roofline, gpu: GpuRoofline) -> dict[str, alt.TopLevelMixin]
     }
 
 
+MADE: dict[str, Callable[[dict[str, Any]], str | bytes]] = {
+    ".svg": lambda spec: vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE),
+    ".png": lambda spec: vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=PNG_SCALE),
+    ".html": lambda spec: vl_convert.vegalite_to_html(spec, vl_version=VEGA_LITE, bundle=True),
+}
+"""Suffix to what makes the file; HTML needs no network."""
+
+
 def save(chart: alt.TopLevelMixin, path: Path) -> list[Path]:
-    """Writes PATH.svg, PATH.png and PATH.html, which needs no network."""
-    spec = chart.to_dict()
-    made: dict[str, Callable[[], str | bytes]] = {
-        ".svg": lambda: vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE),
-        ".png": lambda: vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=PNG_SCALE),
-        ".html": lambda: vl_convert.vegalite_to_html(spec, vl_version=VEGA_LITE, bundle=True),
-    }
-    files = []
-    for suffix, make in made.items():
-        file, content = path.with_name(path.name + suffix), make()
-        file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        files.append(file)
+    """Writes PATH.svg, PATH.png and PATH.html."""
+    files = [path.with_name(path.name + suffix) for suffix in MADE]
+    for file in files:
+        _write(chart, file)
     return files
+
+
+def draw_curve(curve: BatchSizeCurve, file: Path) -> Path:
+    """Writes the picture of `varcas batch-size`; the file's suffix says as what.
+
+    Raises:
+        InputError: another suffix, or it cannot be written.
+    """
+    if file.suffix not in MADE:
+        raise InputError(f"--plot: {file}: its suffix says no format. Allowed: {', '.join(MADE)}.")
+    try:
+        _write(curve_chart(curve), file)
+    except OSError as error:
+        raise InputError(f"--plot: {file}: cannot be written ({error}). Give another file.") from error
+    return file
+
+
+def _write(chart: alt.TopLevelMixin, file: Path) -> None:
+    content = MADE[file.suffix](chart.to_dict())
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def _finished(chart: Any, title: str, *lines: str) -> Any:
@@ -458,4 +480,55 @@ def _region_row(cell: Cell) -> dict[str, Any]:
         "meaning": VERDICTS[cell.verdict][0],
         "sequences": cell.sequences,
         "words": words[cell.verdict],
+    }
+
+
+# ---- batch size
+
+
+def curve_chart(curve: BatchSizeCurve) -> Any:
+    """Tokens per second and time per token over the swept limit, with intervals; knee and pick are named."""
+    rows = [_curve_row(curve, point) for point in curve.points if point.output_tokens_per_s is not None]
+    x = alt.X("value:Q", title=curve.flag, scale=alt.Scale(type="log", base=2, nice=False),
+              axis=alt.Axis(values=[row["value"] for row in rows], format="d"))  # fmt: skip
+    upper = _curve_panel(rows, x, "tokens_per_s:Q", "output tokens/s")
+    whiskers = _chart(rows).mark_rule().encode(x=x, y=alt.Y("lo:Q"), y2=alt.Y2("hi:Q"))
+    words = _chart([row for row in rows if row["words"]]).mark_text(dy=-14, fontSize=11).encode(
+        x=x, y=alt.Y("tokens_per_s:Q"), text="words:N"
+    )  # fmt: skip
+    lower = _curve_panel([row for row in rows if row["tpot_ms"] is not None], x, "tpot_ms:Q", "mean TPOT, ms")
+    both = alt.vconcat(
+        alt.layer(upper, whiskers, words).properties(width=WIDTH, height=HEIGHT // 2),
+        lower.properties(width=WIDTH, height=HEIGHT // 3),
+    )
+    live = "one server, its limit changed while it ran" if _is_live(curve) else "a fresh server each"
+    lines = [f"Bars: 95 % interval within the start. {live}. Open: the SLO is missed."]
+    return _finished(both, f"{curve.flag}: {curve.model} on {curve.gpu or 'cpu'}", *lines)
+
+
+def _is_live(curve: BatchSizeCurve) -> bool:
+    return any(point.measured_live for point in curve.points)
+
+
+def _curve_panel(rows: Rows, x: alt.X, field: str, title: str) -> Any:
+    y = alt.Y(field, title=title, scale=alt.Scale(zero=True))
+    line = _chart(rows).mark_line(color="#555555").encode(x=x, y=y)
+    marks = _chart(rows).mark_point(size=70, color="black").encode(
+        x=x, y=y, tooltip=_tips("value:Q", "tokens_per_s:Q", "tpot_ms:Q", "words:N"),
+        fill=alt.Fill("slo:N", scale=alt.Scale(domain=["met", "missed"], range=["black", "white"]), legend=None),
+    )  # fmt: skip
+    return alt.layer(line, marks)
+
+
+def _curve_row(curve: BatchSizeCurve, point: CurvePoint) -> dict[str, Any]:
+    named = [name for name, value in (("knee", curve.knee), ("pick", curve.pick)) if value == point.value]
+    middle = point.output_tokens_per_s
+    return {
+        "value": point.value,
+        "tokens_per_s": middle,
+        "lo": middle if point.output_tokens_per_s_lo is None else point.output_tokens_per_s_lo,
+        "hi": middle if point.output_tokens_per_s_hi is None else point.output_tokens_per_s_hi,
+        "tpot_ms": point.tpot_mean_ms,
+        "slo": "missed" if point.slo_met is False else "met",
+        "words": ", ".join(named),
     }

@@ -280,7 +280,7 @@ class Pruner:
             self._running.discard(row.config_hash)
         if is_pruned(row):
             self._note_proposed(row)
-        elif row.state == "stopped" or row.failure_kind in RETRIED or row.failure_kind == "interrupted":
+        elif _is_lost(row):
             self._lost[row.config_hash] += row.purpose == "audit"
             if self._lost[row.config_hash] > self._study.max_retries:
                 self._tried.add(row.config_hash)
@@ -327,6 +327,12 @@ class Pruner:
             and (bound_ms(self._site, flags, key) or 0.0) > limit
         ]
         return row.valid is not False and any(row.constraints.get(key, 1.0) <= 0 for key in missed)
+
+
+def _is_lost(row: TrialRow) -> bool:
+    """It says nothing of its configuration, through no fault of that."""
+    interrupted = row.failure_kind == "interrupted" or (row.state == "stopped" and row.stopped_early is None)
+    return interrupted or row.failure_kind in RETRIED
 
 
 def refutations(rows: Iterable[TrialRow]) -> list[str]:

@@ -16,12 +16,19 @@ MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "audit", "confirm", "load"]
+Purpose = Literal["baseline", "search", "audit", "confirm", "load", "batch_size", "capacity"]
+ASIDE = frozenset({"batch_size", "capacity", "load"})
+"""Purposes of rows that answer a question of their own: no search counts or recommends them."""
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")
 STATISTICS = ("mean", "p50", "p90", "p95", "p99", "p99_9")
 LATENCY_METRICS = tuple(f"{name}_{statistic}_ms" for name in LATENCIES for statistic in STATISTICS)
 RATE_METRICS = ("output_tokens_per_s", "request_rate_rps", "goodput_rps", "goodput_tokens_per_s")
 SENT_STATISTICS = ("mean", "p50", "p95", "p99")
+PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
+"""Statistic to its rank in thousandths: integers, so that no rank depends on a rounding error."""
+
+MAX_EXCESS = 100.0
+"""Largest value of a constraint: an infinite latency is 101 times its limit, and Optuna's sums stay finite."""
 
 SLO_PRESETS: dict[str, dict[str, float]] = {
     "mlperf-llama2-70b": {"ttft_p99_ms": 2000.0, "tpot_p99_ms": 200.0},
@@ -30,6 +37,12 @@ SLO_PRESETS: dict[str, dict[str, float]] = {
     "mlperf-llama3.1-8b-interactive": {"ttft_p99_ms": 500.0, "tpot_p99_ms": 30.0},
 }
 """MLPerf Inference's limits for its server and interactive scenarios, by the name that `slo:` may give instead."""
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """`ttft_p99_9_ms` is (`ttft`, `p99_9`)."""
+    name, _, rest = key.removesuffix("_ms").partition("_")
+    return name, rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +155,35 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A request that has ended while its load still runs; the fields are those of its `RequestRecord`."""
+
+    index: int
+    scheduled_s: float
+    first_token_s: float | None
+    last_token_s: float | None
+    output_tokens: int
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStop:
+    """Why a load ended before its window did.
+
+    Attributes:
+        kind: an SLO is lost for certain, or the incumbent is out of reach.
+        text: in words, with figures.
+        at_s: when, from the start of the window.
+        bounds: `slo`: each limit's least excess (value / limit - 1); `beaten`: the metric's upper bound.
+    """
+
+    kind: Literal["slo", "beaten"]
+    text: str
+    at_s: float
+    bounds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One look at the server's `/metrics` and at the GPU (of several GPUs: sums for memory and power, worst else)."""
 
@@ -231,9 +273,10 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a worker hands back for one server start; a failure is an outcome too.
+    """What a worker hands back for one measurement of a server start; a failure is an outcome too.
 
-    `started_at` is UTC. `load` is None when the load never ran; a load cut short keeps what it measured.
+    `started_at` is UTC. `load` is None when the load never ran; a load cut short keeps what it measured. `live`: the
+    server's limits could change while it ran.
     """
 
     state: State
@@ -246,6 +289,8 @@ class Outcome:
     failure_kind: str | None = None
     failure_detail: str | None = None
     log_path: str | None = None
+    early_stop: EarlyStop | None = None
+    live: bool = False
 
 
 def _doc(text: str) -> Any:
@@ -267,7 +312,7 @@ class TrialRow(BaseModel):
     server_id: str = Field(description="which server start; the unit of replication")
     purpose: Purpose = Field(
         description="why it was run: `baseline`, `search`, `audit` (the rules rule it out: run to test them), "
-        "`confirm`, or `load` of an endpoint that ran already"
+        "`confirm`, `load` of an endpoint that ran already, `batch_size` or `capacity` (a point of such a curve)"
     )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")
@@ -310,6 +355,10 @@ class TrialRow(BaseModel):
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
     warnings: list[str] = Field(default_factory=list, description="what is odd about it, without making it invalid")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
+    stopped_early: str | None = _doc(
+        "why its load was ended before the window was over: an SLO was lost for certain (`constraints` then holds the "
+        "least excess of each limit), or the best configuration so far was out of reach"
+    )
     fetch_s: float | None = _doc("getting the model onto this node; 0 once it is there")
     cooldown_s: float | None = _doc("waiting for the GPU to cool before the start; no overhead")
     server_start_s: float | None = _doc("spawn to the first real completion")

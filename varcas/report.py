@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment, Objective
-from varcas.metrics import MAX_EXCESS, Gain, compare
+from varcas.metrics import Gain, compare
 from varcas.pruner import OTHER_REASONS, refutations
-from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
+from varcas.records import LATENCY_METRICS, MAX_EXCESS, RATE_METRICS, TrialRow
 from varcas.rules import speculation
 from varcas.space import ServingConfig, server_python
 
@@ -465,13 +465,19 @@ def _why_unproven(winner: Arm) -> str:
 
 
 def _no_answer(rows: Sequence[TrialRow]) -> str:
-    missed = [row for row in rows if row.state == "complete" and row.slo_met is False and row.constraints]
+    missed = [row for row in rows if _ran(row) and row.slo_met is False and row.constraints]
     if not missed:
         invalid = [row for row in rows if row.state == "complete" and row.valid is False]
         return "no measurement is to be believed" if invalid else "no configuration runs: see why below"
     nearest = min(missed, key=lambda row: max(row.constraints.values()))
     key, worst = max(nearest.constraints.items(), key=lambda item: item[1])
-    return f"no configuration meets the SLO: the nearest, trial {nearest.number}, misses {key} by {worst:.0%}"
+    least = "at least " if nearest.stopped_early else ""
+    return f"no configuration meets the SLO: the nearest, trial {nearest.number}, misses {key} by {least}{worst:.0%}"
+
+
+def _ran(row: TrialRow) -> bool:
+    """It was measured, or as much of it as decided."""
+    return row.state == "complete" or row.stopped_early is not None
 
 
 def _starts(arm: Arm) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.pruner import is_pruned
-from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
+from varcas.records import ASIDE, LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
 from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
 from varcas.store import Store
 
@@ -89,7 +89,7 @@ class Results:
         scripts = self.path / "studies" / name
         saved = self._store.study(name) or {}
         told = {key: saved[key] for key in ("ended", "ruled_out", "rules_off") if key in saved}
-        answer = recommend(self._store.rows(name), self.experiment(name), **told)
+        answer = recommend(self._searched(name), self.experiment(name), **told)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
@@ -111,7 +111,11 @@ class Results:
         from varcas.study import dashboard_server
 
         name = self._named(study)
-        return dashboard_server(self.experiment(name), lambda: self._store.rows(name), port)
+        return dashboard_server(self.experiment(name), lambda: self._searched(name), port)
+
+    def _searched(self, name: str) -> list[TrialRow]:
+        """Rows of the search, without those of `varcas batch-size` and `capacity`."""
+        return [row for row in self._store.rows(name) if row.purpose not in ASIDE]
 
     def _named(self, study: str | None) -> str:
         names = self.studies()
@@ -170,7 +174,9 @@ def trial_text(row: TrialRow, slo: Mapping[str, float] | None = None) -> str:
         lines += [f"  {ANYWAY}"] if is_pruned(row) else []
     if row.audited_rule:
         lines.append(f"  started although rule {row.audited_rule} says it cannot work, to test that rule")
-    if row.invalid_reasons:
+    if row.stopped_early:
+        lines.append(f"  {row.stopped_early}")
+    elif row.invalid_reasons:
         lines.append(f"  not to be believed: {'; '.join(row.invalid_reasons)}")
     lines += [f"  warning: {warning}" for warning in row.warnings]
     lines += ["", "flags:", *(f"  {name}: {text}" for name, text in sorted(row.flags.items()))]

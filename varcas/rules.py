@@ -27,7 +27,7 @@ from varcas.errors import InputError
 from varcas.gpus import GIB, GpuSpec
 from varcas.memory import Serve, cpu_cache_bytes, layer_kv_bytes, memory, settings
 from varcas.model import ModelSpec, dtype_name
-from varcas.records import LATENCY_METRICS
+from varcas.records import LATENCY_METRICS, PERMILLE
 from varcas.roofline import Step, decode, prefill
 
 Kind = Literal["hard", "soft"]
@@ -784,7 +784,6 @@ CACHE_MIB = {70: 6, 75: 6, 80: 40, 86: 6, 89: 96, 90: 60}
 OTHER_CACHE_MIB = 256
 BANDWIDTH_HEADROOM = 1.15
 """Memory runs above its datasheet too: GeForce owners overclock it by some 10 %, a V100-SXM3 has 980 for 900 GB/s."""
-PERMILLE = {"p50": 500, "p90": 900, "p95": 950, "p99": 990, "p99_9": 999}
 SLO_READS = (*SHAPE, *SPECULATION, "enable_prefix_caching", "max_model_len")
 
 

@@ -376,15 +376,19 @@ class _Dimension:
 class Space:
     """What the search may propose for an experiment.
 
+    Args:
+        experiment: whose space it is.
+        may_be_empty: nothing is to be searched.
+
     Raises:
         InputError: a space that cannot be searched, with field, value and fix.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, *, may_be_empty: bool = False) -> None:
         self.experiment = experiment
         _check_enqueued(experiment)
         _check_parallel_sizes(experiment)
-        if not experiment.space and not experiment.study.enqueue:
+        if not experiment.space and not experiment.study.enqueue and not may_be_empty:
             raise InputError("space: is empty: add flags to search, e.g. max_num_seqs: {choices: [8, 64, 256]}.")
         dimensions = {flag: _dimension(flag, entry) for flag, entry in experiment.space.items()}
         self._dimensions = _ordered(dimensions, experiment.serve)

@@ -10,6 +10,8 @@ What Optuna is told of a row:
 | measured | COMPLETE, its objectives | each SLO key: value / limit - 1; `runs`: -1 |
 | failed by its own fault, pruned, or twice not to be believed | COMPLETE, worst feasible objectives so far | 1e3 each |
 | the same while nothing was measured yet | PRUNED, so that no value is invented | 1e3 each |
+| load ended early: an SLO is lost for certain | COMPLETE, worst feasible objectives so far | least excess of each |
+| load ended early: the best so far is out of reach | COMPLETE, what it came to | 0 each |
 | lost through no fault of its own, stopped, or once not to be believed | FAIL, and proposed again | none |
 | pruned by a rule, in a space that the rules judged whole | FAIL | none |
 
@@ -89,7 +91,7 @@ TOLD_VERSION = 1
 STALE_LOCK_S = 5.0
 """A journal's lock is held for milliseconds: an older one belongs to a process that was killed."""
 
-Verdict = Literal["measured", "failed", "again", "given up"]
+Verdict = Literal["measured", "cut", "failed", "again", "given up"]
 
 
 # samplers
@@ -254,6 +256,8 @@ class _Ledger:
 
     def _verdict(self, row: TrialRow, retry: bool) -> Verdict:
         key = row.config_hash
+        if row.stopped_early:
+            return "cut"
         if row.state == "stopped" or row.failure_kind == "interrupted":
             return "again"
         if retry:
@@ -306,10 +310,19 @@ def _shortfall(row: TrialRow) -> float:
 
 
 def _violated(experiment: Experiment) -> dict[str, float]:
+    return dict.fromkeys(_keys(experiment), FAILED)
+
+
+def _met(experiment: Experiment) -> dict[str, float]:
+    """Of a load that was ended because it was slow: no limit is known to be missed."""
+    return {**dict.fromkeys(_keys(experiment), 0.0), "runs": -1.0}
+
+
+def _keys(experiment: Experiment) -> list[str]:
     keys = [*sorted(experiment.slo), "runs"]
     if any(objective.metric in LATENCY_METRICS for objective in experiment.objectives):
         keys.append("holds_rate")
-    return dict.fromkeys(keys, FAILED)
+    return keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,8 +343,10 @@ def _told(row: TrialRow, verdict: Verdict, ledger: _Ledger) -> _Told:
         constraints = constraints_of(row, experiment)
         values = objectives_of(row, experiment)
         return _Told(TrialState.COMPLETE, values, constraints, _attributes(row, constraints, experiment))
-    constraints = _violated(experiment)
+    constraints = _violated(experiment) if verdict == "failed" else constraints_of(row, experiment)
     values = ledger.worst_feasible or ledger.worst
+    if verdict == "cut" and row.slo_met is None:  # out of reach: what it came to is no better than it is
+        constraints, values = _met(experiment), objectives_of(row, experiment) or values
     state = TrialState.COMPLETE if values else TrialState.PRUNED
     return _Told(state, values, constraints, _attributes(row, constraints, experiment))
 

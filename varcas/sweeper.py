@@ -3,60 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import gc
-import hashlib
+import functools
 import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from varcas.capacity import Bisection, objective_columns, require_rate
+from varcas.early_stop import StopRules
 from varcas.engine.failures import HINTS, RETRIED
-from varcas.engine.fetch import check_local_model, is_local, weights_problem
-from varcas.engine.node import Checked, Node, NodeFacts
+from varcas.engine.fetch import weights_problem
+from varcas.engine.node import Checked, Node
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware
 from varcas.inprocess import InProcessPool
-from varcas.measurement import cut_short
-from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.pool import Finished, LostServiceError, Pool, Workers, in_ray_job
+from varcas.pool import Finished, Pool, Workers
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
-from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
-from varcas.report import (
-    Recommendation,
-    confirmations,
-    described,
-    find,
-    recommend,
-    unreal_acceptance,
-    write_scripts,
-)
+from varcas.records import Outcome, TrialRow
+from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
 from varcas.simulated import Simulator, unmodelled
-from varcas.space import ServingConfig, Space, server_python
+from varcas.space import ServingConfig, Space
+from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
 from varcas.store import Store
-from varcas.study import Proposal, Study, make_sampler, open_study
-from varcas.trial import TrialTask, run_trial
-from varcas.validity import UNCHECKED
-from varcas.workload.schedule import check_workload, identity
+from varcas.study import Proposal, Study, open_study
+from varcas.trial import Series, TrialTask, run_series, run_trial
 
-POLL_S = 0.25
-ANSWER_S = 300.0
-"""For vLLM's word on a configuration: its import on a cold, slow disk included."""
-LEAVE_S = 2.5
-"""For running trials to end when asked: Ray kills a stopped job 3 s after its SIGTERM."""
 MAX_FINALISTS = 3
 """Winners that fail a confirmation start by their own fault are replaced by the next best, so many at most."""
 GUESSED_START_S = {"cpu": 60.0, "gpu": 120.0}
 """Start of a server before any was measured (research/orchestration.md), for the plan and the budget's reserve."""
-HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
-"""Failures of the baseline that no flag changes: a sweep ends with them, and tries the baseline again when resumed."""
 MAX_LISTED = 10_000
 """Larger spaces are not listed to see how much of them is left, unless the rules listed them already."""
 NOT_ASKED = Checked(ok=True)
@@ -64,65 +46,12 @@ NOT_ASKED = Checked(ok=True)
 TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
 SIMULATED_S = 1.0
 """Of a simulated start with its load, at most; for the plan."""
+TYPICAL_LOADS = 8
+"""Until a capacity is known, from a first rate that is off by a factor of four."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
 Run = Callable[[TrialTask, threading.Event], Outcome]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the sweep is about to spend."""
-
-    study: str
-    space_size: int | None
-    search_starts: int
-    search_done: int
-    search_left: int
-    confirm_starts: int
-    start_s: float
-    load_s: float
-    budget_s: float | None
-    width: int
-    ruled_out: Mapping[str, int] = field(default_factory=dict)  # of the space, by rule; empty where it is not listed
-    audit_starts: int = 0  # of what is ruled out, at most
-
-    @property
-    def total_s(self) -> float:
-        """Upper estimate of what is left, in wall seconds."""
-        starts = self.search_left + self.audit_starts + self.confirm_starts
-        estimate = starts * (self.start_s + self.load_s) / self.width
-        return estimate if self.budget_s is None else min(estimate, self.budget_s)
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What happens while a sweep runs, for whoever shows it."""
-
-    kind: Literal["plan", "note", "start", "row", "confirm"]
-    text: str = ""
-    plan: Plan | None = None
-    row: TrialRow | None = None
-    number: int | None = None  # of the trial that starts
-    total: int | None = None  # starts that this confirmation is about to make
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One server start to make."""
-
-    proposal: Proposal
-    number: int
-    purpose: Purpose
-    checked: Checked
-    arm: str | None = None
-    attempt: int = 0
-    audited_rule: str | None = None
-
-    @property
-    def key(self) -> str:
-        """Names it in the pool."""
-        return f"{self.number}"
 
 
 def sweep(
@@ -155,6 +84,8 @@ def sweep(
         VarcasError: the work failed.
     """
     space = check(experiment)
+    if any(objective.metric == "capacity_rps" for objective in experiment.objectives):
+        require_rate(experiment)
     with (
         located(experiment),
         Store(experiment.results) as store,
@@ -205,52 +136,10 @@ def _simulated_note(experiment: Experiment, simulator: Simulator) -> str:
     )
 
 
-def check(experiment: Experiment) -> Space:
-    """Checks what needs neither Ray nor vLLM, and returns the space.
-
-    Raises:
-        InputError: with file, line, key and fix.
-    """
-    with located(experiment):
-        space = Space(experiment)
-        check_paths(experiment)
-        check_local_model(experiment.model)
-        check_workload(experiment.workload, experiment.serve)
-        make_sampler(experiment, space)
-    return space
-
-
-@contextlib.contextmanager
-def located(experiment: Experiment) -> Iterator[None]:
-    """Gives file and line to what is said about a key of the experiment."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(experiment.located(str(error))) from error
-
-
-def check_paths(experiment: Experiment) -> None:
-    """Refuses paths that would be lost: a Ray job's working directory is an evictable copy.
-
-    Raises:
-        InputError: a relative `results` or file storage in a Ray job.
-    """
-    if not in_ray_job():
-        return
-    places = {"results": experiment.results}
-    scheme, _, path = (experiment.study.storage or "").partition(":")
-    if scheme == "journal" or (scheme == "sqlite" and not path.startswith("////")):
-        places["study.storage"] = path.removeprefix("///")
-    for name, place in places.items():
-        if not Path(place).is_absolute():
-            raise InputError(
-                f"{name}: {place!r}: is relative, and a Ray job's working directory is a copy that Ray evicts. "
-                f"Give an absolute path on a disk that stays, e.g. /mnt/varcas/{Path(place).name or 'results'}."
-            )
-
-
-class Sweeper:
+class Sweeper(Starts):
     """One study's run. `search`, `confirm` and `answer` are called in that order."""
+
+    searches = True
 
     def __init__(
         self,
@@ -264,49 +153,23 @@ class Sweeper:
         run: Run,
         node: Callable[..., Any],
     ) -> None:
-        self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
-        self._make_node, self._simulated = node, experiment.engine == "simulated"
-        self._workload = identity(experiment.workload)
-        self._emit, self._stopping, self._run = on_event, stopping, run
+        super().__init__(experiment, space, store, pool, on_event, stopping, node)
+        self._run = run
         self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
         self._budget_s = budget_s
-        self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
         self._held: Job | None = None
         self.ended: str | None = None
         self.ruled_out: str | None = None
 
-    def __enter__(self) -> Sweeper:
-        """Asks the node what it has, checks the experiment against it, and opens the study."""
-        self._note("asking vLLM on the node for its flags and its word on the configurations")
-        self._node = self._placed_node()
-        try:
-            self._open()
-        except BaseException:
-            self.pool.dismiss(self._node)
-            raise
-        gc.freeze()  # what the imports left: to look through it cost 60 ms each time
-        return self
-
     def __exit__(self, *_: object) -> None:
-        gc.unfreeze()
         try:
-            self.pool.cancel()
-            deadline_s = time.monotonic() + LEAVE_S
-            while self.pool.busy and time.monotonic() < deadline_s:
-                self._collect()
+            super().__exit__()
         finally:
-            self.pool.dismiss(self._node)
             self.study.close()
 
     def _open(self) -> None:
+        super()._open()
         experiment = self.experiment
-        timeout_s = experiment.server.download_timeout_s + 60
-        self.facts: NodeFacts = self._ask("facts", timeout_s=timeout_s)
-        self.space.check_names(self._ask("flag_names"))
-        self._check_baseline()
-        self._keep_fingerprint()
-        self._rows = self.store.rows(experiment.name)
-        self._next_number = max((row.number for row in self._rows), default=-1) + 1
         site = self._site()
         self.pruner = Pruner(experiment, self.space, site, self._rows)
         for text in self.pruner.disabled.values():
@@ -332,7 +195,7 @@ class Sweeper:
         most = min(slots.num_gpus, slots.gpus_per_node) if slots.on_gpu else None
         return site_of(self.experiment, self.facts, gpu, on_cpu=not slots.on_gpu, gpus_per_node=most)
 
-    def _check_baseline(self) -> None:
+    def _check_experiment(self) -> None:
         """The configuration to beat must be one that vLLM takes.
 
         Raises:
@@ -343,41 +206,6 @@ class Sweeper:
         if not checked.ok:
             said = refusal(self.experiment, checked, self.facts.engine_version, config.flags, "baseline")
             raise InputError(f"{said}; `varcas validate` asks it without starting anything.")
-
-    def _keep_fingerprint(self) -> None:
-        """Rows of one study name must have measured the same thing.
-
-        Raises:
-            InputError: the name stands in this store with another model, workload, SLO, ...
-        """
-        now, name = self._fingerprint(), self.experiment.name
-        before = self.store.study(name)
-        if before is not None and self.store.rows(name):  # one without rows measured nothing
-            old = before["fingerprint"]
-            if changed := [_changes(key, old.get(key), now[key]) for key in now if old.get(key) != now[key]]:
-                raise InputError(
-                    f"name: {name!r}: {self.experiment.results} holds a study of that name with another "
-                    f"{', another '.join(changed)}: their rows cannot be compared. "
-                    "Give this experiment another `name`, or other `results`."
-                )
-        self.store.save_study(name, {"fingerprint": now, "experiment": json.loads(self.experiment.model_dump_json())})
-
-    def _fingerprint(self) -> dict[str, Any]:
-        e, facts = self.experiment, self.facts
-        return {
-            "model": e.model,
-            "model_revision": facts.model_revision,
-            "gpu": self.pool.slots.gpu,
-            "engine": e.engine,
-            "engine_version": facts.engine_version,
-            "server.env": dict(e.server.env),
-            "serve": dict(e.serve),
-            "baseline": dict(e.baseline),
-            "workload": self._workload,
-            "slo": dict(e.slo),
-            "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
-            **({"simulation": json.loads(e.simulation.model_dump_json())} if self._simulated else {}),
-        }
 
     # search
 
@@ -505,45 +333,49 @@ class Sweeper:
         self._record(row, proposal)
         return True
 
-    def _check(self, config: ServingConfig) -> Checked:
-        """Asks for vLLM's own word on a configuration, before a GPU is touched."""
-        checked: Checked = self._ask("check", config.argv(), self.experiment.workload.endpoint)
-        return checked
-
-    def _ask(self, method: str, *args: Any, timeout_s: float = ANSWER_S) -> Any:
-        """Asks the node; one that died with its worker is replaced, once."""
-        try:
-            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
-        except LostServiceError:
-            self._node = self._placed_node()
-            return self.pool.call(self._node, method, *args, timeout_s=timeout_s, stopping=self._stopping)
-
-    def _placed_node(self) -> Any:
-        e = self.experiment
-        return self.pool.service(self._make_node, e.server, e.model, e.revision)
-
     def _start(self, job: Job) -> None:
-        task = TrialTask(
-            label=f"{job.number:05d}-{job.arm or job.purpose}",
-            experiment=self.experiment,
-            config=job.proposal.config,
-            revision=None if is_local(self.experiment.model) else self.facts.model_revision,
-            resolved=job.checked.resolved,
-            endpoint=job.checked.endpoint,
-            log_dir=str(self._log_dir()),
-            num_gpus=job.proposal.config.num_gpus if self.pool.slots.on_gpu else 0,
-        )
-        self._jobs[job.key] = (job, time.monotonic())
-        self.pool.submit(job.key, self._run, task, job.proposal.config.num_gpus)
-        self.pool.prepare()
-        self._emit(Event("start", text=_described(job), number=job.number))
+        self._submit(job, self._work(job), replace(self._task(job), stop_rules=self._stop_rules(job)), _described(job))
+
+    def _work(self, job: Job) -> Callable[[TrialTask, threading.Event], Any]:
+        """What the worker does: one load, or those that find a capacity."""
+        e = self.experiment
+        if not self._by_capacity:
+            return self._run
+        return functools.partial(run_series, plan=Bisection(job.proposal.config, e.workload, dict(e.slo)))
+
+    @property
+    def _by_capacity(self) -> bool:
+        return any(objective.metric == "capacity_rps" for objective in self.experiment.objectives)
+
+    def _stop_rules(self, job: Job) -> StopRules | None:
+        """What may end a search's load early; baseline, audits and confirmation are measured in full."""
+        experiment = self.experiment
+        if job.purpose != "search" or not experiment.study.early_stop:
+            return None
+        by_tokens = [objective.metric for objective in experiment.objectives] == ["output_tokens_per_s"]
+        best = find(self._rows, experiment).winner if by_tokens else None
+        return StopRules(dict(experiment.slo), None if best is None else best.output_tokens_per_s)
 
     def _collect(self) -> None:
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
-            row, outcome = self._measured_row(job, finished, time.monotonic() - submitted_s)
+            row, outcome = self._answered(job, finished, time.monotonic() - submitted_s)
             self._record(row, job.proposal if job.purpose != "confirm" else None, outcome)
+
+    def _answered(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
+        """The row of a start; of one whose capacity was looked for, its other loads are stored beside it."""
+        series = finished.result
+        if not isinstance(series, Series):
+            return self._measured_row(job, finished, wall_s)
+        main, columns = objective_columns(series, self.experiment.slo)
+        rows = self._series_rows(job, series, wall_s, main)
+        for index, (row, done) in enumerate(rows):
+            if index != main:
+                load = done.outcome.load
+                self.store.append(row, load.records if load else (), done.outcome.samples)
+        row, done = rows[main]
+        return row.model_copy(update=columns if row.state == "complete" else {}), done.outcome
 
     def _record(self, row: TrialRow, proposal: Proposal | None, outcome: Outcome | None = None) -> None:
         load = outcome.load if outcome else None
@@ -660,12 +492,12 @@ class Sweeper:
         """What is about to be spent, from the start times that this study's store has seen."""
         workload, study = self.experiment.workload, self.experiment.study
         measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
-        guess = 0.0 if self._simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
-        load_s = workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S
+        guess = 0.0 if self.simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
         searches = study.trials if may_work is None else min(study.trials, may_work + 1)
-        done = self.study.spent
+        done, loads = self.study.spent, TYPICAL_LOADS if self._by_capacity else 1
+        loads_s = (workload.warmup_s + workload.duration_s + workload.max_drain_s) * loads
         return Plan(
             study=self.experiment.name,
             space_size=size,
@@ -674,7 +506,7 @@ class Sweeper:
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=SIMULATED_S if self._simulated else load_s,
+            load_s=SIMULATED_S if self.simulated else loads_s + STOP_S,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
@@ -708,150 +540,9 @@ class Sweeper:
         need_s = one_s + (plan.confirm_starts * one_s / plan.width if reserve else 0.0)
         return time.monotonic() + need_s > self._deadline_s
 
-    def _number(self) -> int:
-        number = self._next_number
-        self._next_number += 1
-        return number
-
-    def _attempts(self, config: ServingConfig) -> int:
-        key = config.hash
-        running = sum(job.proposal.config.hash == key for job, _ in self._jobs.values())
-        return sum(row.config_hash == key for row in self._rows) + running
-
-    def _log_dir(self) -> Path:
-        return Path(self.experiment.results).resolve() / "logs" / self.experiment.name
-
-    def _note(self, text: str) -> None:
-        self._emit(Event("note", text=text))
-
-    def _trial_key(self, config: ServingConfig) -> str:
-        identity = {
-            "model": self.experiment.model,
-            "model_revision": self.facts.model_revision,
-            "gpu": self.pool.slots.gpu,
-            "engine": self.experiment.engine,
-            "engine_version": self.facts.engine_version,
-            "env": dict(self.experiment.server.env),
-            "config": config.hash,
-            "workload": self._workload,
-            "live": False,
-            "measurement_version": MEASUREMENT_VERSION,
-        }
-        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-    def _trial_id(self, job: Job) -> str:
-        parts = f"{self._trial_key(job.proposal.config)}:{self.experiment.name}:{job.purpose}:{job.attempt}"
-        return hashlib.sha256(parts.encode()).hexdigest()
-
-    def _measured_row(self, job: Job, finished: Finished, wall_s: float) -> tuple[TrialRow, Outcome | None]:
-        """A trial's row from its outcome, or from the loss of its worker."""
-        if finished.lost is not None:
-            kind = "worker_lost"
-            row = self._row(
-                job, state="failed", failure_kind=kind, failure_detail=finished.lost, failure_hint=HINTS[kind]
-            )
-            return row, None
-        outcome: Outcome = finished.result
-        columns = outcome_columns(outcome, self.experiment)
-        columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
-        found = [text for text in columns.get("warnings", []) if not (self._simulated and text.startswith(UNCHECKED))]
-        columns["warnings"] = [*found, *self._own_warnings(job.proposal.config)]
-        return self._row(job, **columns), outcome
-
-    def _own_warnings(self, config: ServingConfig) -> list[str]:
-        """What is to be said of a measurement because of how it was made."""
-        acceptance = self.experiment.simulation.acceptance
-        said = unreal_acceptance(config.flags, simulated=self._simulated, acceptance=acceptance)
-        named = unmodelled(config.flags) if self._simulated else []
-        text = f"without effect in a simulated engine: {', '.join(named)}"
-        return [*([said] if said else []), *([text] if named else [])]
-
-    def _row(self, job: Job, **columns: Any) -> TrialRow:
-        e, config, workload = self.experiment, job.proposal.config, self.experiment.workload
-        fixed: dict[str, Any] = {
-            "trial_id": self._trial_id(job),
-            "trial_key": self._trial_key(config),
-            "study": e.name,
-            "number": job.number,
-            "server_id": self._trial_id(job)[:16],
-            "purpose": job.purpose,
-            "arm": job.arm,
-            "attempt": job.attempt,
-            "config_json": json.dumps(dict(config.flags), sort_keys=True),
-            "config_hash": config.hash,
-            "params_json": json.dumps(job.proposal.params, sort_keys=True),
-            "flags": {name: json.dumps(flag, sort_keys=True) for name, flag in config.flags.items()},
-            "command": config.command(server_python(e), e.server.env),
-            "env_json": json.dumps(dict(e.server.env), sort_keys=True),
-            "resolved_json": json.dumps(job.checked.resolved, sort_keys=True) if job.checked.resolved else None,
-            "model": e.model,
-            "model_revision": self.facts.model_revision,
-            "engine": e.engine,
-            "engine_version": self.facts.engine_version,
-            "simulated": self._simulated,
-            "workload_json": workload.model_dump_json(),
-            "profile": workload.name,
-            "rate_rps": workload.mean_rps and float(workload.mean_rps),
-            "duration_s": float(workload.duration_s),
-            "seed": workload.seed,
-            "started_at": datetime.datetime.now(datetime.UTC),
-            "gpu_name": self.facts.gpu_name,
-            "gpu_count": config.num_gpus if self.pool.slots.on_gpu else 0,
-            "audited_rule": job.audited_rule,
-        }
-        return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
-
 
 def _is_hopeless(row: TrialRow) -> bool:
     return row.purpose == "baseline" and row.failure_kind in HOPELESS
-
-
-def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:
-    """The columns of a row that one server start decides: state, stage times, metrics, constraints."""
-    facts, times, kind = outcome.facts, outcome.times, outcome.failure_kind
-    columns: dict[str, Any] = {
-        "state": outcome.state,
-        "failure_kind": kind,
-        "failure_detail": outcome.failure_detail,
-        "failure_hint": HINTS[kind] if kind else None,
-        "started_at": outcome.started_at,
-        "host": outcome.host.host,
-        "gpu_name": outcome.host.gpu_name,
-        "driver_version": outcome.host.driver_version,
-        "resolved_json": json.dumps(facts.resolved, sort_keys=True) if facts.resolved else None,
-        "engine_version": facts.engine_version,
-        "kv_cache_tokens": facts.kv_cache_tokens,
-        "compile_s": facts.compile_s,
-        "compile_cache_hit": facts.compile_cache_hit,
-        "fetch_s": times.fetch_s,
-        "cooldown_s": times.cooldown_s,
-        "server_start_s": times.server_start_s,
-        "warmup_s": times.warmup_s,
-        "load_s": times.load_s,
-        "drain_s": times.drain_s,
-        "stop_s": times.stop_s,
-        "log_path": outcome.log_path,
-    }
-    if outcome.load is not None and outcome.load.duration_s > 0:
-        columns |= summarise(outcome.load, experiment.slo, outcome.samples, arrival=experiment.workload.arrives.kind)
-        if outcome.state == "complete":
-            columns |= constraints_of(outcome.load, experiment.slo)
-        if outcome.state == "stopped":
-            columns |= {"valid": False, "invalid_reasons": [cut_short(outcome.load, experiment.workload.duration_s)]}
-    return columns
-
-
-def _changes(key: str, old: Any, new: Any) -> str:
-    """`workload (rate_rps 6 -> 7)`: what differs between two values of a fingerprint."""
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"{key} ({json.dumps(old)} -> {json.dumps(new)})"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return f"{key} ({', '.join(f'{n} {json.dumps(old.get(n))} -> {json.dumps(new.get(n))}' for n in names)})"
-
-
-def _staged_s(times: StageTimes) -> float:
-    started_s = times.fetch_s + times.cooldown_s + times.server_start_s
-    return started_s + times.warmup_s + times.load_s + times.drain_s + times.stop_s
 
 
 def _described(job: Job) -> str:

@@ -1,30 +1,38 @@
-"""One server start, from the model's files to the freed GPU. Every failure is an outcome: the one catch is here."""
+"""One server start, from the model's files to the freed GPU, and what is measured on it, one thing after the other.
+
+Every failure is an outcome: the one catch is here.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import datetime
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from varcas import hardware, telemetry
+from varcas.early_stop import StopRules
+from varcas.engine.live_server import ARGV, LiveServer, NotLiveError
 from varcas.engine.node import Node, cache_dir
-from varcas.engine.vllm import HOST, VllmServer
+from varcas.engine.vllm import HOST, VllmServer, server_env
 from varcas.errors import InputError, TrialError, VarcasError
-from varcas.experiment import Experiment
+from varcas.experiment import Experiment, Workload
+from varcas.inner import Limits
 from varcas.measurement import Loaded, Measurement
-from varcas.records import LoadResult, Outcome, Sample, ServerFacts, StageTimes, State
+from varcas.records import Outcome, ServerFacts, StageTimes, State
 from varcas.space import ServingConfig
 from varcas.workload.chat_template import decide_endpoint
 from varcas.workload.driver import Load
 from varcas.workload.wire import Endpoint, Target
 
+COLD_S = 20.0
 INTERRUPTED_GRACE_S = 1.0
 """A stop that was asked for from outside has little time: Ray kills a job 3 s after its SIGTERM."""
 
@@ -42,6 +50,8 @@ class TrialTask:
         endpoint: chat or completions, as the validator decided; None: decided from the model's files.
         log_dir: where the server's log goes.
         num_gpus: GPUs reserved for it; 0 on a CPU.
+        stop_rules: what may end its load early; None: nothing.
+        live: its limits are to change while it runs: it is started with our scheduler.
     """
 
     label: str
@@ -52,6 +62,90 @@ class TrialTask:
     endpoint: Endpoint | None
     log_dir: str
     num_gpus: int
+    stop_rules: StopRules | None = None
+    live: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One measurement on a server.
+
+    Attributes:
+        config: what is measured, as it would be deployed.
+        workload: the traffic.
+        limits: what the running server is told before; None: nothing.
+        discarded: a cold server's first load, which measures low: no row comes of it.
+        stop_rules: what may end its load early; None: nothing.
+    """
+
+    config: ServingConfig
+    workload: Workload
+    limits: Limits | None = None
+    discarded: bool = False
+    stop_rules: StopRules | None = None
+
+
+def cold_step(config: ServingConfig, workload: Workload, limits: Limits | None = None) -> Step:
+    """A new server's first load, as it comes, but no longer than it takes to be warm; it measures low."""
+    changed = {name: min(getattr(workload, name), COLD_S) for name in ("duration_s", "max_drain_s")}
+    return Step(config, workload.model_copy(update=changed), limits, discarded=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step and what came of it."""
+
+    step: Step
+    outcome: Outcome
+
+
+class Plan(Protocol):
+    """What is measured on one server. Decided where the server runs: it travels there by pickle."""
+
+    def next(self, done: Sequence[Done]) -> Step | None:
+        """The next step, after those; None ends the server. There is a first one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """Steps that are known beforehand."""
+
+    steps: tuple[Step, ...]
+
+    def next(self, done: Sequence[Done]) -> Step | None:
+        """As `Plan` has it."""
+        return self.steps[len(done)] if len(done) < len(self.steps) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What one server start gave.
+
+    Attributes:
+        done: in order. A failure is the last; what was measured before it stands.
+        not_live: why the running server did not take new limits; what was left then was not measured.
+    """
+
+    done: tuple[Done, ...]
+    not_live: str | None = None
+
+    def kept(self) -> tuple[Done, ...]:
+        """Without what is discarded, whose time the first of the others bears."""
+        spent = [one.outcome.times for one in self.done if one.step.discarded]
+        kept = [one for one in self.done if not one.step.discarded or one.outcome.state != "complete"]
+        if not spent or not kept or kept[0].step.discarded:
+            return tuple(kept)
+        first = kept[0].outcome
+        whole = dataclasses.replace(kept[0], outcome=dataclasses.replace(first, times=_sum([*spent, first.times])))
+        return (whole, *kept[1:])
+
+
+def _sum(times: Sequence[StageTimes]) -> StageTimes:
+    """Of a discarded load all is warm-up but the start."""
+    *cold, own = times
+    whole = {field.name: sum(getattr(one, field.name) for one in times) for field in dataclasses.fields(StageTimes)}
+    warmup_s = own.warmup_s + sum(one.warmup_s + one.load_s + one.drain_s for one in cold)
+    return StageTimes(**whole | {"warmup_s": warmup_s, "load_s": own.load_s, "drain_s": own.drain_s})
 
 
 def run_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
@@ -61,14 +155,46 @@ def run_trial(task: TrialTask, cancelled: threading.Event) -> Outcome:
         task: what to start and how to load it.
         cancelled: set it to end early; what was measured until then is kept.
     """
-    return _Trial(task, cancelled).run()
+    steps = (Step(task.config, task.experiment.workload, stop_rules=task.stop_rules),)
+    return run_series(task, cancelled, plan=Listed(steps)).done[0].outcome
 
 
-class _Trial:
-    """The state of one start, for the few seconds that it lives."""
+def run_series(
+    task: TrialTask,
+    cancelled: threading.Event,
+    *,
+    plan: Plan,
+    on_done: Callable[[Done], None] = lambda done: None,
+) -> Series:
+    """Starts one server, measures what the plan says, and ends it; nothing of it is left when this returns.
 
-    def __init__(self, task: TrialTask, cancelled: threading.Event) -> None:
-        self._task, self._cancelled = task, cancelled
+    The first outcome bears the start's time, the last one the stop's.
+
+    Args:
+        task: what to start.
+        cancelled: set it to end early; what was measured until then is kept.
+        plan: what to measure; it ends with the first failure.
+        on_done: told of each measurement as it ends, before the server stops.
+    """
+    return _Start(task, cancelled, plan, on_done).run()
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A server that answers, and its load's process."""
+
+    server: VllmServer
+    load: Load
+    endpoint: Endpoint
+
+
+class _Start:
+    """The state of one start, for the few minutes that it lives."""
+
+    def __init__(
+        self, task: TrialTask, cancelled: threading.Event, plan: Plan, on_done: Callable[[Done], None]
+    ) -> None:
+        self._task, self._cancelled, self._plan, self._on_done = task, cancelled, plan, on_done
         self._experiment = task.experiment
         self._gpus = hardware.gpus() if task.num_gpus else ()
         self._log_dir = Path(task.log_dir)
@@ -77,39 +203,84 @@ class _Trial:
         self._load_log = self._log_dir / f"{task.label}.load.log"
         for log in (self._log, self._load_log):  # of a start that died with its driver: not to be read as this one's
             log.unlink(missing_ok=True)
-        self._spent_s: dict[str, float] = collections.defaultdict(float)
         self._facts = ServerFacts()
-        self._load: LoadResult | None = None
-        self._samples: tuple[Sample, ...] = ()
+        self._live: LiveServer | None = None
+        self._done: list[Done] = []
+        self._begin()
 
-    def run(self) -> Outcome:
-        started_at = datetime.datetime.now(datetime.UTC)
-        began_s = time.monotonic()
-        state: State = "complete"
-        kind = detail = None
+    def _begin(self) -> None:
+        """What follows belongs to the next outcome."""
+        self._began_at, self._began_s = datetime.datetime.now(datetime.UTC), time.monotonic()
+        self._spent_s: dict[str, float] = collections.defaultdict(float)
+        self._in_force: dict[str, int] = {}
+        self._measured: Measurement | None = None
+
+    def run(self) -> Series:
+        step, not_live = self._plan.next(()), None
+        if step is None:
+            raise ValueError("a plan has a first step")
         try:
-            self._measure()
+            with self._started() as running:
+                while step is not None:
+                    self._measure(step, running)
+                    self._keep(step)
+                    step = self._plan.next(tuple(self._done))
+        except NotLiveError as error:
+            not_live = str(error)
         except TrialError as error:
-            kind, detail = error.kind, error.detail
-            state = "stopped" if kind == "interrupted" else "failed"
-        return Outcome(
-            state=state,
-            started_at=started_at,
-            host=telemetry.gpu_facts(self._gpus),
-            times=self._times(time.monotonic() - began_s),
-            facts=self._facts,
-            load=self._load,
-            samples=self._samples,
-            failure_kind=kind,
-            failure_detail=detail,
-            log_path=str(self._log),
-        )
+            self._failed(step, error)
+        self._book_stop()
+        return Series(tuple(self._done), not_live)
 
-    def _measure(self) -> None:
-        """Start, warm up, load, drain, stop.
+    def _failed(self, step: Step | None, error: TrialError) -> None:
+        """A step that failed; the last one, where all were measured and the server did not end."""
+        state: State = "stopped" if error.kind == "interrupted" else "failed"
+        if step is not None:
+            self._keep(step, state, error)
+            return
+        last = self._done[-1]
+        outcome = dataclasses.replace(last.outcome, state=state, failure_kind=error.kind, failure_detail=error.detail)
+        self._done[-1] = dataclasses.replace(last, outcome=outcome)
+
+    def _keep(self, step: Step, state: State = "complete", error: TrialError | None = None) -> None:
+        """Turns what was measured since the last step into an outcome."""
+        facts, measured = self._facts, self._measured
+        if self._in_force:
+            facts = dataclasses.replace(facts, resolved={**facts.resolved, "live": self._in_force})
+        early_stop = measured.early_stop if measured and state == "complete" else None
+        outcome = Outcome(
+            state="stopped" if early_stop else state,
+            started_at=self._began_at,
+            host=telemetry.gpu_facts(self._gpus),
+            times=self._times(),
+            facts=facts,
+            load=measured.load if measured else None,
+            samples=measured.samples if measured else (),
+            failure_kind=error.kind if error else None,
+            failure_detail=error.detail if error else None,
+            log_path=str(self._log),
+            early_stop=early_stop,
+            live=self._live is not None,
+        )
+        self._done.append(Done(step, outcome))
+        self._on_done(self._done[-1])
+        self._begin()
+
+    def _book_stop(self) -> None:
+        """Adds what passed since the last outcome, the stop, to it."""
+        if not self._done:
+            return
+        last, more = self._done[-1], self._times()
+        times = {f.name: getattr(last.outcome.times, f.name) + getattr(more, f.name) for f in dataclasses.fields(more)}
+        outcome = dataclasses.replace(last.outcome, times=StageTimes(**times))
+        self._done[-1] = dataclasses.replace(last, outcome=outcome)
+
+    @contextlib.contextmanager
+    def _started(self) -> Iterator[_Running]:
+        """Starts the server, and ends it.
 
         Raises:
-            TrialError: whichever of these fails first.
+            TrialError: whichever stage fails first.
         """
         experiment, task = self._experiment, self._task
         with self._stage("fetch"):
@@ -123,10 +294,11 @@ class _Trial:
         endpoint = decide_endpoint(asked, Path(fetched.path), task.config.flags)
         with tempfile.TemporaryDirectory(prefix="varcas-load-") as work, contextlib.ExitStack() as running:
             with self._stage("server_start"):
+                argv, env = self._command(Path(work))
                 server = VllmServer.start(
-                    task.config.argv(),
+                    argv,
                     python=experiment.server.python,
-                    env=experiment.server.env,
+                    env=env,
                     model_path=fetched.path,
                     log=self._log,
                     gpus=self._gpus,
@@ -136,16 +308,27 @@ class _Trial:
                 running.callback(self._close, load)
                 server.wait_ready(experiment.server.start_timeout_s, self._cancelled, endpoint)
             self._facts = server.facts(task.resolved, fetched.revision)
-            with _ours_as_trial_error(server):
-                self._load_server(server, load, endpoint)
+            yield _Running(server, load, endpoint)
+
+    def _command(self, work_dir: Path) -> tuple[list[str], dict[str, str]]:
+        """Arguments and environment of the server, with our scheduler where its limits are to change."""
+        python, env = self._experiment.server.python, dict(self._experiment.server.env)
+        if not self._task.live:
+            return self._task.config.argv(), env
+        self._live = LiveServer(work_dir)
+        return [*self._task.config.argv(), *ARGV], {**env, **self._live.env(server_env(env, python))}
 
     def _start_load(self, work_dir: Path) -> Load:
         """Starts Locust early: its imports run while the server starts."""
         return Load.start(self._load_log, work_dir)
 
-    def _load_server(self, server: VllmServer, load: Load, endpoint: Endpoint) -> None:
-        """Warm-up, window and drain; what was measured is kept, however it ended."""
-        measurement = Measurement(
+    def _measure(self, step: Step, running: _Running) -> None:
+        """Limits, warm-up, window and drain; what was measured is kept, however it ended."""
+        server, load, endpoint = running.server, running.load, running.endpoint
+        if step.limits is not None:
+            with self._stage("warmup"):
+                self._set_limits(step.limits, running)
+        self._measured = measurement = Measurement(
             load,
             Loaded(
                 target=Target(HOST, server.port, server.model_id, server.api_key),
@@ -156,17 +339,31 @@ class _Trial:
                 alive=server.alive,
                 failure=lambda: server.failure("load"),
             ),
-            self._experiment.workload,
+            step.workload,
             self._experiment.server.stall_timeout_s,
             cache_dir() / "prompts",
             self._cancelled,
+            stop_rules=step.stop_rules,
         )
         try:
-            measurement.run()
+            with _ours_as_trial_error(server):
+                measurement.run()
         finally:
-            self._load, self._samples = measurement.load, measurement.samples
-            self._spent_s["warmup"] = measurement.warmup_s
+            self._spent_s["warmup"] += measurement.warmup_s
             self._spent_s["load"], self._spent_s["drain"] = measurement.load_s, measurement.drain_s
+
+    def _set_limits(self, limits: Limits, running: _Running) -> None:
+        """Raises NotLiveError when they are not in force."""
+        if self._live is None:
+            raise NotLiveError("the server was not started with our scheduler")
+        try:
+            self._in_force = self._live.apply(limits, lambda: running.server.poke(running.endpoint), self._cancelled)
+        except NotLiveError:
+            if self._cancelled.is_set():
+                raise TrialError("interrupted", "asked to stop while limits were changed") from None
+            if not running.server.alive():
+                raise running.server.failure("load") from None
+            raise
 
     def _max_model_len(self) -> int | None:
         named = self._task.config.flags.get("max_model_len")
@@ -194,8 +391,9 @@ class _Trial:
         finally:
             self._spent_s[name] += time.monotonic() - began_s
 
-    def _times(self, wall_s: float) -> StageTimes:
-        spent = self._spent_s
+    def _times(self) -> StageTimes:
+        """What was spent since the last outcome."""
+        spent, wall_s = self._spent_s, time.monotonic() - self._began_s
         return StageTimes(
             fetch_s=spent["fetch"],
             cooldown_s=spent["cooldown"],

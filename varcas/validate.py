@@ -19,7 +19,7 @@ from varcas.known import find_model
 from varcas.pruner import Pruner, gpu_at_best, site_of
 from varcas.rules import Site
 from varcas.space import ServingConfig, Space
-from varcas.sweeper import check, located
+from varcas.starts import check, located
 
 CHECKED_AT_MOST = 200
 """Configurations of the space that are put to vLLM; a further one costs 3 ms, but a large space has millions."""

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import hmac
+import importlib
 import json
 import math
 import os
@@ -227,8 +228,9 @@ class Engine:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.model: str = options.served_model_name or options.model
-        self.slots = asyncio.Semaphore(options.max_num_seqs)
+        self.slots = asyncio.Semaphore(options.max_num_active_seqs or options.max_num_seqs)
         self.running = self.waiting = self.seen = 0
+        self.limits = Limits(self) if options.scheduler_cls else None
         self.tokens_held = 0
         self.prompt_tokens = self.generation_tokens = self.cache_queries = self.cache_hits = 0
         self.cached: set[int] = set()
@@ -259,6 +261,8 @@ class Engine:
 
     async def tokens(self, generation: Generation, client: Client) -> AsyncIterator[int]:
         """Yields the number of each token when it is due; ends early when the client left."""
+        if self.limits is not None:
+            self.limits.take()
         self.waiting += 1
         try:
             await self.slots.acquire()
@@ -332,6 +336,33 @@ class Engine:
         if self.stamps:
             self.stamps.write(json.dumps(row) + "\n")
             self.stamps.flush()
+
+
+class Limits:
+    """What of vLLM's scheduler `--scheduler-cls` may change, and the module that it names at work on it."""
+
+    def __init__(self, engine: Engine) -> None:
+        options = engine.options
+        self.engine = engine
+        self.max_num_running_reqs = options.max_num_seqs
+        self.max_num_active_reqs = options.max_num_active_seqs or options.max_num_seqs
+        if not options.lacks_limits:
+            self.max_num_scheduled_tokens = options.max_num_batched_tokens
+        module = importlib.import_module(options.scheduler_cls.rpartition(".")[0])
+        self.limiter = module.Limiter(self, module.LiveFile(os.environ[module.VARIABLE]))
+
+    @property
+    def running(self) -> list[None]:
+        return [None] * self.engine.running
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.engine.running + self.engine.waiting
+
+    def take(self) -> None:
+        before = self.max_num_active_reqs
+        self.limiter.apply()
+        if self.max_num_active_reqs != before:
+            self.engine.slots = asyncio.Semaphore(self.max_num_active_reqs)
 
 
 def fault(words: list[str]) -> str:
@@ -629,6 +660,12 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--served-model-name")
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="how many decode at once; the rest wait")
+    parser.add_argument("--max-num-active-seqs", type=int, help="fewer of them")
+    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, help="echoed, and of no effect")
+    parser.add_argument("--scheduler-cls", help="a module's class or factory; of the module `Limiter` is used")
+    parser.add_argument(
+        "--lacks-limits", action="store_true", help="as a scheduler of another vLLM, which has other names"
+    )
     parser.add_argument("--version", default="0.32.0")
     parser.add_argument("--num-gpu-blocks", type=int, default=100, help="of 16 tokens, for the KV-cache gauge")
     parser.add_argument("--ttft-ms", type=float, default=20.0, help="from the slot to the first token")

@@ -16,7 +16,7 @@ from tests.workload.test_wire import DONE, HEAD, ROLE, response, token
 from varcas.child import free_port
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Workload
-from varcas.records import LoadResult, Prompted, ScheduledRequest
+from varcas.records import Ended, LoadResult, Prompted, ScheduledRequest
 from varcas.workload.driver import Load
 from varcas.workload.prompts import fit_prompts
 from varcas.workload.schedule import schedule
@@ -372,3 +372,23 @@ def test_a_big_load_is_handed_over_quickly(load: Load, start_server: StartServer
     result = run(load, server.target, requests, cancelled=cancelled)
     assert time.monotonic() - begun_s < 2
     assert len(result.records) == 2400
+
+
+def test_a_load_ends_once_its_answer_is_known(load: Load, start_server: StartServer) -> None:
+    server = start_server("--max-num-seqs", "1", "--ttft-ms", "200", "--itl-ms", "50")
+    told: list[tuple[float, list[int], list[Ended]]] = []
+
+    def seen(now_s: float, began: Sequence[int], ended: Sequence[Ended]) -> bool:
+        told.append((now_s, list(began), list(ended)))
+        return sum(len(one) for _, _, one in told) >= 2
+
+    result = run(load, server.target, every(0.05, 100), duration_s=8.0, seen=seen)
+    ended = {one.index: one for _, _, found in told for one in found}
+    assert result.duration_s < 4.0
+    assert {index for _, began, _ in told for index in began} >= set(ended)
+    by_index = {record.index: record for record in result.records}
+    for index, one in ended.items():
+        record = by_index[index]
+        assert (one.first_token_s, one.last_token_s) == (record.first_token_s, record.last_token_s)
+        assert (one.scheduled_s, one.output_tokens, one.ok) == (record.scheduled_s, record.output_tokens, record.ok)
+    assert {record.error for record in result.records} == {None, "unfinished"}

@@ -32,8 +32,9 @@ MODEL_ID = "model"
 POLL_S = 0.1
 HTTP_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 1.0
-DOOM_S = 5.0
-"""A server whose engine is dead gets so long to end by itself, and to finish its log."""
+POKE_S = 10.0
+DOOM_S, QUIET_S = 5.0, 0.5
+"""A server whose log says that its engine is dead gets so long at most to finish that log, and until it is quiet."""
 STOP_GRACE_S = 15.0
 FREED_S = 30.0
 FREED_BYTES = 256 * 2**20
@@ -104,6 +105,25 @@ class _Answer:
     body: bytes
 
 
+class _Doom:
+    """Whether a log says that the engine is dead, though its process may linger."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._seen_bytes = -1
+        self._grew_s = 0.0
+        self._since_s: float | None = None
+
+    def is_told(self) -> bool:
+        """It says so, and has said the rest: it no longer grows, or had its time."""
+        now_s, size = time.monotonic(), self._log.stat().st_size
+        if size != self._seen_bytes:
+            self._seen_bytes, self._grew_s = size, now_s
+            if self._since_s is None and doomed(read_log(self._log)):
+                self._since_s = now_s
+        return self._since_s is not None and (now_s - self._grew_s > QUIET_S or now_s - self._since_s > DOOM_S)
+
+
 class VllmServer:
     """One server under a guardian. `with VllmServer.start(...) as server:` leaves nothing of it behind.
 
@@ -125,6 +145,7 @@ class VllmServer:
         self._gpus = tuple(gpus)
         self._memory_before_bytes = memory_before_bytes
         self._wait_until_s: float | None = None
+        self._doom = _Doom(child.log)
 
     @classmethod
     def start(
@@ -188,16 +209,8 @@ class VllmServer:
         """
         cancelled = cancelled or threading.Event()
         self._wait_until_s = time.monotonic() + timeout_s
-        doomed_s: float | None = None
-        seen_bytes = -1
         while not self._answers_health():
             self._check(cancelled, timeout_s)
-            size = self.log.stat().st_size
-            if doomed_s is None and size != seen_bytes and doomed(read_log(self.log)):
-                doomed_s = time.monotonic() + DOOM_S
-            seen_bytes = size
-            if doomed_s is not None and time.monotonic() > doomed_s:
-                raise self.failure("start")
             cancelled.wait(POLL_S)
         self._prove()
         self._complete(cancelled, timeout_s, endpoint)
@@ -210,6 +223,12 @@ class VllmServer:
     def exit_status(self) -> int | None:
         """Its return code (negative: the signal); None while it runs."""
         return self._child.poll()
+
+    def poke(self, endpoint: Endpoint) -> bool:
+        """Has one token generated; whether it came."""
+        path, body = _hello(endpoint, 1)
+        answer = self._request("POST", path, self.api_key, body, POKE_S)
+        return answer is not None and answer.status == http.client.OK
 
     def failure(self, phase: Literal["start", "load"]) -> TrialError:
         """What the log and the exit status say went wrong."""
@@ -273,7 +292,7 @@ class VllmServer:
         """Raises when waiting further makes no sense."""
         if cancelled.is_set():
             raise TrialError("interrupted", "asked to stop while the server started")
-        if not self.alive():
+        if not self.alive() or self._doom.is_told():
             raise self.failure("start")
         assert self._wait_until_s is not None
         if time.monotonic() > self._wait_until_s:
@@ -297,9 +316,7 @@ class VllmServer:
 
     def _complete(self, cancelled: threading.Event, timeout_s: float, endpoint: Endpoint) -> None:
         """Has four tokens generated, in a thread, so that a server that hangs can be given up."""
-        prompt = {"messages": [{"role": "user", "content": "Hello"}]} if endpoint == "chat" else {"prompt": "Hello"}
-        path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
-        body = {"model": MODEL_ID, **prompt, "max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+        path, body = _hello(endpoint, 4)
         answers: list[_Answer | None] = []
 
         def ask() -> None:
@@ -344,6 +361,13 @@ class VllmServer:
                 return f"port {self.port} is still taken"
         held = hardware.memory_used_bytes(self._gpus) - self._memory_before_bytes
         return f"{held / 2**30:.1f} GiB of GPU memory are still held" if held > FREED_BYTES else None
+
+
+def _hello(endpoint: Endpoint, max_tokens: int) -> tuple[str, dict[str, Any]]:
+    """Path and body of a small request."""
+    prompt = {"messages": [{"role": "user", "content": "Hello"}]} if endpoint == "chat" else {"prompt": "Hello"}
+    path = "/v1/chat/completions" if endpoint == "chat" else "/v1/completions"
+    return path, {"model": MODEL_ID, **prompt, "max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True}
 
 
 def kv_cache_tokens(log_text: str) -> int | None:

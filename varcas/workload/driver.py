@@ -30,7 +30,7 @@ from pydantic import JsonValue
 
 from varcas.child import Child
 from varcas.errors import TrialError, VarcasError
-from varcas.records import LoadResult, Prompted, RequestRecord
+from varcas.records import Ended, LoadResult, Prompted, RequestRecord
 from varcas.workload.wire import Endpoint, Target
 
 READY_TIMEOUT_S = 60.0
@@ -48,6 +48,9 @@ OWN_FILES = 128
 PASSED_ENV = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
 PLAN_FIELDS = ("index", "at_s", "prompt_tokens", "output_tokens", "conversation", "turn", "gap_s")
 """What a child is told of each request, before its words: the fields of `exchange.Step`."""
+Seen = Callable[[float, Sequence[int], Sequence[Ended]], bool]
+"""Told, while a load runs, the second of its window, whose answers began, and which requests ended since the last time;
+returns whether the load may end."""
 RECORD_FIELDS = tuple(
     field.name for field in dataclasses.fields(RequestRecord) if field.name not in ("token_offsets_s", "token_counts")
 )
@@ -91,7 +94,7 @@ class _Run:
     def __init__(self, parts: Sequence[_Part], name: str, early_s: float) -> None:
         self.parts, self.name = parts, name
         self.stopping = self.stalled = self._started = False
-        self._early_s = early_s
+        self._early_s, self._t0_s = early_s, 0.0
 
     def take(self, number: int, event: Mapping[str, Any]) -> None:
         """Notes what a child said; the end of an earlier run, which was given up, is passed over."""
@@ -111,7 +114,15 @@ class _Run:
         if self._started or not all(part.prepared for part in self.parts):
             return None
         self._started = True
-        return {"op": "go", "run": self.name, "t0_s": time.monotonic() + LEAD_S + self._early_s}
+        self._t0_s = time.monotonic() + LEAD_S + self._early_s
+        return {"op": "go", "run": self.name, "t0_s": self._t0_s}
+
+    def tell(self, event: Mapping[str, Any], seen: Seen) -> bool:
+        """Hands on what a progress event of this run says of requests; whether the load may end."""
+        if event.get("run") != self.name or "ended" not in event:
+            return False
+        now_s = time.monotonic() - self._t0_s
+        return seen(now_s, event["began"], [Ended(*values) for values in event["ended"]])
 
     @property
     def is_over(self) -> bool:
@@ -181,6 +192,7 @@ class Load:
         cancelled: Callable[[], bool] | threading.Event,
         alive: Callable[[], bool],
         on_progress: Callable[[int, int], None] = lambda sent, done: None,
+        seen: Seen | None = None,
     ) -> LoadResult:
         """Sends the requests as they come due, and waits for what becomes of each.
 
@@ -196,6 +208,7 @@ class Load:
             cancelled: ends the load early, with what is there.
             alive: whether the server lives; once it does not, the load ends early, with what is there.
             on_progress: told now and then how many requests were sent, and how many of them have ended.
+            seen: told some five times a second what became of requests; ends the load once it returns True.
 
         Returns:
             One record a request that came due. In a closed loop, users begin again when they have asked all that was
@@ -220,6 +233,7 @@ class Load:
             "duration_s": duration_s,
             "max_drain_s": max_drain_s,
             "closed": _is_closed_loop(requests),
+            "watched": seen is not None,
             "num_requests": max((one.request.index for one in requests), default=0) + 1,
             "num_conversations": max((one.request.conversation for one in requests), default=0) + 1,
         }
@@ -231,7 +245,7 @@ class Load:
                 _write_private(part.plan, _plan(chains[number :: len(parts)]))
                 self._tell(number, {**command, "plan": str(part.plan), "result": str(part.result)})
             run = _Run(parts, name, early_s)
-            self._watch(run, deadline_s, stall_timeout_s, is_cancelled, alive, on_progress)
+            self._watch(run, deadline_s, stall_timeout_s, is_cancelled, alive, on_progress, seen)
             load = _merged([_read_result(part) for part in parts])
             if run.stalled:
                 raise StalledError(f"no token for {stall_timeout_s:g} s with requests in flight", load)
@@ -286,18 +300,21 @@ class Load:
         cancelled: Callable[[], bool],
         alive: Callable[[], bool],
         on_progress: Callable[[int, int], None],
+        seen: Seen | None,
     ) -> None:
         """Follows a run to its end."""
+        told = False
         while not run.is_over:
             number, event = self._event(min(deadline_s, time.monotonic() + POLL_S))
             if event is not None:
                 run.take(number, event)
                 self._tell_all(run.start())
                 on_progress(sum(part.sent for part in run.parts), sum(part.done for part in run.parts))
+                told = seen is not None and run.tell(event, seen)
             if not run.stopping:
                 run.stalled = run.quiet_s > stall_timeout_s
                 living = alive()
-                if run.stalled or cancelled() or not living:
+                if run.stalled or told or cancelled() or not living:
                     run.stopping = True
                     self._tell_all({"op": "stop", "grace_s": 0.0 if run.stalled or living else STOP_GRACE_S})
                     deadline_s = min(deadline_s, time.monotonic() + STOP_GRACE_S + MARGIN_S)

@@ -139,13 +139,14 @@ class Exchange:
         stamps: the kernel's, of each receive.
         seen_s: when each receive returned.
         failure: what went wrong beneath HTTP.
+        has_begun: something of its answer has come.
         num_receives: how many there were, once it is read.
         num_unstamped: those of them without a kernel's stamp that holds.
     """
 
     __slots__ = (
-        "_answer", "_clock_steps", "chain", "data", "due_s", "end_s", "failure", "lap", "messages", "num_receives",
-        "num_unstamped", "place", "response", "seen_s", "sent_s", "stamps", "step",
+        "_answer", "_clock_steps", "chain", "data", "due_s", "end_s", "failure", "has_begun", "lap", "messages",
+        "num_receives", "num_unstamped", "place", "response", "seen_s", "sent_s", "stamps", "step",
     )  # fmt: skip
 
     def __init__(
@@ -167,6 +168,7 @@ class Exchange:
         self.sent_s: float | None = None
         self.end_s: float | None = None
         self.failure: str | None = None
+        self.has_begun = False
         self.num_receives = self.num_unstamped = 0
         self._answer: Answer | None = None
         self._forget()
@@ -259,6 +261,13 @@ class Exchange:
             answer.counting if answer.counts else None,
             len(answer.counts),
         ]
+
+    def told(self, answer: Answer, t0_s: float) -> list[Any]:
+        """What `records.Ended` holds of it, in its order."""
+        ok = answer.error is None and self.end_s is not None
+        times = (answer.times[0] - t0_s, answer.times[-1] - t0_s) if answer.times else (None, None)
+        num_tokens = sum(answer.counts) if answer.output_tokens is None else answer.output_tokens
+        return [self.index, self.due_s, *times, num_tokens, ok]
 
     def _is_repeated(self) -> bool:
         """The next turn repeats its answer."""

@@ -3,9 +3,10 @@
     python -m varcas.workload.locustfile < commands > events
 
 Commands and events are JSON lines. `prepare` (run: its name, plan, result, target, endpoint, sampling, cache_salt,
-duration_s, max_drain_s, closed, num_requests, num_conversations) is answered by `prepared`; `go` (run, t0_s: when the
-window starts) by `progress` lines and one `done`; `stop` (grace_s) ends the run early. The end of the input, or
-SIGTERM, stops the run, writes what there is, and ends the process.
+duration_s, max_drain_s, closed, watched, num_requests, num_conversations) is answered by `prepared`; `go` (run, t0_s:
+when the window starts) by `progress` lines, which where `watched` tell what became of requests, and one `done`; `stop`
+(grace_s) ends the run early. The end of the input, or SIGTERM, stops the run, writes what there is, and ends the
+process.
 
 Locust is a closed loop by nature: a user waits for its answer. Here a dispatcher owns the schedule, in absolute
 deadlines, and hands each request to a user that waits for one; there is always one.
@@ -222,6 +223,9 @@ class Connection:
                     over = exchange.response.feed(data)
                 if b"data:" in data:
                     self._run.life_s = now_s
+                    if not exchange.has_begun:
+                        exchange.has_begun = True
+                        self._run.news.began.append(exchange.index)
                 if over:
                     self._waiter.switch(None)
             else:
@@ -399,15 +403,40 @@ def _why_not_connected(error: OSError) -> str:
     return f"not connected: {error.strerror or error}"
 
 
+class News:
+    """What became of requests since it was last told."""
+
+    def __init__(self) -> None:
+        self.began: list[int] = []
+        self.ended: list[list[Any]] = []
+
+    def take(self) -> dict[str, Any]:
+        """Returns it, and begins anew."""
+        told = {"began": self.began, "ended": self.ended}
+        self.began, self.ended = [], []
+        return told
+
+
 class Run:
     """One measurement."""
 
-    def __init__(self, name: str, target: Target, writer: Writer, duration_s: float, max_drain_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        target: Target,
+        writer: Writer,
+        duration_s: float,
+        max_drain_s: float,
+        *,
+        watched: bool,
+    ) -> None:
         self.name = name
         self.connections = Connections(self, target)
+        self.news = News()
         self.exchanges: list[Exchange] = []
         self.duration_s = duration_s
         self.max_drain_s = max_drain_s
+        self.watched = watched
         self.offset = Offset()
         self.t0_s = 0.0
         self.next_s = inf  # when the next request is due
@@ -553,6 +582,7 @@ class Run:
             while self._awaited or self._ended:
                 exchange = self._awaited[0] if self._awaited else self._ended.popleft()
                 answer = exchange.read(self.offset, pause=gevent.idle)
+                self.news.ended.append(exchange.told(answer, self.t0_s))
                 if exchange.is_followed:
                     self._awaited.popleft()
                     self._follow(exchange, answer)
@@ -681,7 +711,14 @@ class Process:
         """Does beforehand all that can be: requests as bytes, connections, users."""
         target = Target(**command["target"])
         writer = Writer(target, command["endpoint"], cache_salt=command["cache_salt"], sampling=command["sampling"])
-        run = Run(command["run"], target, writer, command["duration_s"], command["max_drain_s"])
+        run = Run(
+            command["run"],
+            target,
+            writer,
+            command["duration_s"],
+            command["max_drain_s"],
+            watched=command["watched"],
+        )
         self._run = ChatUser.load = run
         chains = json.loads(Path(command["plan"]).read_bytes())
         for rows in chains:
@@ -737,7 +774,9 @@ class Process:
             if wait_s <= 0:
                 return
             gevent.sleep(wait_s) if run.over.is_set() else run.over.wait(wait_s)
-            self._say(event="progress", run=run.name, sent=run.num_sent, done=run.num_done, life_s=run.life_s)
+            news = run.news.take()
+            counts = {"sent": run.num_sent, "done": run.num_done, "life_s": run.life_s}
+            self._say(event="progress", run=run.name, **counts, **(news if run.watched else {}))
 
     def _drain_stopped(self, run: Run) -> None:
         """Gives what is in flight the grace that the stop named."""
