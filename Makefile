@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FROM := $(if $(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
 PY ?= python3
 
-.PHONY: setup quickstart test check docs bench bench-load clean
+.PHONY: setup quickstart test check docs bench bench-load bench-search clean
 setup: $(VENV)/.ready ## install everything into .venv: varcas, vLLM's CPU build, the tools
 
 $(UV):
@@ -50,6 +50,9 @@ bench: $(VENV)/.ready ## varcas's own overhead: driver, pool, store
 bench-load: $(VENV)/.ready models/tiny-llama/config.json ## varcas's load beside `vllm bench serve` and GuideLLM; QUICK=1: 3 minutes
 	-test -x .bench/guidellm/bin/guidellm || $(MAKE) .bench/guidellm/bin/guidellm
 	PYTHONPATH=. $(BIN)/python benchmarks/load_client.py $(if $(QUICK),--quick)
+
+bench-search: $(VENV)/.ready ## server starts until a search is within 3 % of the best, on recorded and simulated landscapes
+	$(BIN)/python benchmarks/search.py
 
 # in an environment of its own: it wants other versions of what varcas uses; without it, its rows say so
 .bench/guidellm/bin/guidellm: $(UV)

@@ -167,7 +167,7 @@ def journal(tmp_path: Path) -> str:
 
 
 def test_two_of_the_start_up_stay_random(tmp_path: Path) -> None:
-    made = experiment(study="{trials: 100, seed: 3}")
+    made = experiment(study="{trials: 100, seed: 3, sampler: tpe}")
     order = order_of(made)
     up, down = (
         hashes(proposals(made, f"journal:{tmp_path / name}", 30, [], order, sign))

@@ -153,14 +153,6 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         )
 
 
-def available(sampler: str) -> bool:
-    try:
-        SAMPLERS[sampler](0, Space(experiment()))
-    except InputError:
-        return False
-    return True
-
-
 # samplers and storages
 
 MIXED = """{
@@ -172,9 +164,9 @@ MIXED = """{
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_searches_resumes_and_rebuilds_on_every_storage(sampler: str, storage: str) -> None:
-    if not available(sampler):
-        pytest.skip("not installed")
-    desk = Desk(experiment(MIXED, study=f"{{trials: 16, sampler: {sampler}}}", slo="{ttft_p95_ms: 100}"), storage)
+    continuous = "frac: {low: 0.5, high: 0.95}, blocks: {low: 16, high: 256, log: true},"
+    space = MIXED.replace(continuous, "") if sampler == "grid" else MIXED
+    desk = Desk(experiment(space, study=f"{{trials: 16, sampler: {sampler}}}", slo="{ttft_p95_ms: 100}"), storage)
 
     def measure(proposal: Proposal) -> dict[str, Any]:
         seqs = proposal.config.flags.get("max_num_seqs", 0)
@@ -207,12 +199,6 @@ def test_every_sampler_is_documented(name: str) -> None:
 def test_an_unknown_sampler_is_answered_with_the_nearest(journal: str) -> None:
     with pytest.raises(InputError, match=r"study.sampler: 'tpf' is unknown. Did you mean tpe\?.*auto"):
         Desk(experiment(study="{sampler: tpf}"), journal)
-
-
-@pytest.mark.skipif(available("gp"), reason="torch and scipy are installed")
-def test_gp_says_what_it_needs(journal: str) -> None:
-    with pytest.raises(InputError, match=r"'gp': needs .*scipy.*pip install"):
-        Desk(experiment(study="{sampler: gp}"), journal)
 
 
 def test_parallel_proposals_differ(desk: Desk) -> None:
@@ -272,7 +258,8 @@ def test_a_small_space_is_exhausted_without_waste(journal: str) -> None:
     assert len(desk.optuna.trials) < 100
 
 
-def test_a_duplicate_is_answered_from_its_row(desk: Desk) -> None:
+def test_a_duplicate_is_answered_from_its_row(journal: str) -> None:
+    desk = Desk(experiment(study="{trials: 30, sampler: tpe}"), journal)
     proposals = desk.run(throughput)
     values: dict[str, set[float]] = {}
     for trial in desk.optuna.trials:
@@ -902,3 +889,92 @@ def test_config_of_a_row_is_that_of_its_proposal(desk: Desk) -> None:
     proposal = desk.propose()
     row = desk.record(proposal)
     assert ServingConfig("m", None, json.loads(row.config_json)).hash == row.config_hash
+
+
+# surrogate, grid, live, warm
+
+
+def test_grid_goes_through_the_space_in_order(journal: str) -> None:
+    space = "{a: {choices: [1, 2]}, b: {choices: [x, y, z]}}"
+    desk = Desk(experiment(space, study="{trials: 20, sampler: grid}"), journal)
+    order = [dict(proposal.params) for proposal in desk.run(lambda p: {"output_tokens_per_s": 1.0})]
+    assert order[1:] == [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y", "z")]
+    assert desk.study.ended == "space exhausted"
+
+
+def test_a_grid_of_a_continuous_space_is_refused(journal: str) -> None:
+    with pytest.raises(InputError, match="'grid': the space is continuous"):
+        Desk(experiment("{x: {low: 0.0, high: 1.0}}", study="{sampler: grid}"), journal)
+
+
+BATCHES = "{seqs: {choices: [1, 2, 4, 8, 16, 32, 64, 128]}, kv: {choices: [a, b, c]}, x: {choices: [1, 2]}}"
+
+
+def batches(proposal: Proposal) -> dict[str, Any]:
+    if proposal.config.flags.get("kv") == "b":
+        return {"state": "failed", "failure_kind": "out_of_memory", "valid": None}
+    seqs = float(proposal.config.flags.get("seqs", 1))
+    return {"output_tokens_per_s": 1000 / (1 + 8 / seqs) * {64: 0.93, 128: 0.85}.get(int(seqs), 1.0)}
+
+
+@pytest.mark.parametrize("sampler", ["auto", "gp"])
+def test_the_surrogate_finds_the_best_batch_and_leaves_a_failing_region(sampler: str, journal: str) -> None:
+    desk = Desk(experiment(BATCHES, study=f"{{trials: 14, sampler: {sampler}}}"), journal)
+    done = desk.run(batches)
+    rates = [batches(proposal).get("output_tokens_per_s", 0.0) for proposal in done]
+    assert max(rates) >= 0.97 * 1000 / 1.125 * 0.93
+    assert sum(rate == 0.0 for rate in rates) <= 3
+
+
+def test_a_search_may_end_by_itself(journal: str) -> None:
+    desk = Desk(experiment(BATCHES, study="{trials: 40, sampler: gp, stop: auto}"), journal)
+    done = desk.run(batches)
+    assert len(done) < 40
+    assert desk.study.ended is not None
+    assert "below 0.5 of the noise between starts" in desk.study.ended
+
+
+def test_what_rides_along_costs_no_start_and_what_is_given_up_comes_again(journal: str) -> None:
+    desk = Desk(experiment(BATCHES, study="{trials: 6, sampler: gp}"), journal)
+    desk.record(desk.propose())
+    first = desk.propose()
+    rides = desk.study.alongside(first, {"seqs": (1, 2, 4, 8, 16, 32, 64, 128)}, 3)
+    assert len({ride.config.hash for ride in (first, *rides)}) == 4
+    assert {ride.params["kv"] for ride in rides} == {first.params["kv"]}
+    for ride in (first, *rides[:2]):
+        desk.record(ride, server_id="one", measured_live=ride is not first, params_json=json.dumps(ride.params),
+                    config_json=json.dumps({"other": ride.params["seqs"]}) if ride is not first else "{}")  # fmt: skip
+    desk.study.give_up(rides[2])
+    assert desk.study.spent == 2
+    assert desk.study.answered(rides[0].config.hash) is not None
+    assert desk.study.answered(rides[2].config.hash) is None
+    before = desk.study.spent
+    desk.open()
+    assert desk.study.spent == before
+    assert desk.study.answered(rides[0].config.hash) is not None
+
+
+def test_a_copy_from_another_study_answers_and_costs_nothing(journal: str) -> None:
+    desk = Desk(experiment(BATCHES, study="{trials: 2, sampler: gp}"), journal)
+    params = {"seqs": 8, "kv": "a", "x": 1}
+    config = desk.space.config(params)
+    proposal = Proposal(None, params, dict(params), config, "search")
+    desk.rows.append(row_of(proposal, number=0, warm_from="other/3"))
+    desk.open()
+    assert desk.study.spent == 0
+    assert desk.study.answered(config.hash) is not None
+    assert config.hash not in {proposal.config.hash for proposal in desk.run(batches)}
+
+
+def test_a_load_that_was_ended_early_is_an_answer(journal: str) -> None:
+    desk = Desk(experiment(study="{trials: 6}", slo="{ttft_p95_ms: 100}"), journal)
+    baseline = desk.propose()
+    desk.record(baseline, constraints={"ttft_p95_ms": -0.5})
+    lost = desk.propose()
+    desk.record(lost, state="stopped", valid=False, stopped_early="lost", slo_met=False,
+                constraints={"ttft_p95_ms": 0.04}, output_tokens_per_s=5.0)  # fmt: skip
+    assert desk.study.answered(lost.config.hash) is not None
+    assert desk.study.spent == 2
+    trial = next(t for t in desk.optuna.trials if t.number == lost.number)
+    assert (trial.state.name, trial.constraints["ttft_p95_ms"]) == ("COMPLETE", 0.04)
+    assert lost.config.hash not in {proposal.config.hash for proposal in desk.run(throughput)}

@@ -15,6 +15,7 @@ import pytest
 
 from tests import sweep_work
 from tests.sweep_work import outcome
+from varcas.budget import Budget
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
 from varcas.pool import Pool
@@ -82,7 +83,7 @@ def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tm
 def test_a_budget_ends_a_sweep_in_its_confirmation_too(tmp_path: Path) -> None:
     run(experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}"))
     began_s = time.monotonic()
-    answer = run(experiment(tmp_path, SPACE), budget_s=1.0)
+    answer = run(experiment(tmp_path, SPACE), budget=Budget(wall_s=1.0))
     assert time.monotonic() - began_s < 60
     assert answer.verdict == "unconfirmed"
     assert "budget" in answer.ended
@@ -269,6 +270,43 @@ def test_the_baseline_is_started_whatever_the_rules_say(tmp_path: Path) -> None:
     answer, events = on_t4(experiment(other, text, study))
     assert f"rule {RULE} is wrong" in said(events)
     assert any(RULE in warning for warning in answer.warnings)
+
+
+MORE = "space: {max_num_seqs: {choices: [2, 4]}, tensor_parallel_size: {choices: [1, 2]}}\n"
+
+
+def test_another_study_of_the_same_conditions_counts_at_once(tmp_path: Path) -> None:
+    first = experiment(tmp_path, SPACE, "{trials: 9, repeats: 0}")
+    run(first)
+    second = first.model_copy(update={"name": "u"})
+    notes: list[str] = []
+    run(second, on_event=lambda event: notes.append(event.text))
+    rows = Results(tmp_path / "results").trials("u")
+    copies = {row.params_json: row for row in rows if row.warm_from}
+    assert set(copies) == {'{"max_num_seqs": 2}', '{"max_num_seqs": 4}', '{"max_num_seqs": 16}'}
+    assert copies['{"max_num_seqs": 16}'].failure_kind == "out_of_memory"
+    started = [row for row in rows if not row.warm_from and row.state != "infeasible"]
+    assert [row.purpose for row in started] == ["baseline"]
+    assert any("measured under the same conditions" in note for note in notes)
+    cold = second.model_copy(update={"name": "v", "study": second.study.model_copy(update={"warm_start": False})})
+    run(cold)
+    assert not any(row.warm_from for row in Results(tmp_path / "results").trials("v"))
+
+
+def test_a_winner_of_two_flags_is_ablated(tmp_path: Path) -> None:
+    answer = run(experiment(tmp_path, MORE + TWO_GPUS, "{trials: 9, repeats: 3, sampler: grid}"))
+    assert answer.verdict == "better"
+    rows = Results(tmp_path / "results").trials()
+    if len(answer.changes) + len(answer.dropped) > 1:
+        assert {row.arm for row in rows if row.purpose == "ablate"} >= {"max_num_seqs", "tensor_parallel_size"}
+    assert answer.deploy["max_num_seqs"] == 4
+    assert answer.deploy.get("tensor_parallel_size") is None
+
+
+def test_a_sweep_may_end_by_itself(tmp_path: Path) -> None:
+    space = "space: {max_num_seqs: {choices: [2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19, 20, 21]}}\n"
+    answer = run(experiment(tmp_path, space, "{trials: 30, repeats: 0, stop: auto}"))
+    assert "expected improvement" in answer.ended
 
 
 def test_a_sweep_may_look_for_the_capacity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

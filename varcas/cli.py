@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import os
-import re
 import shlex
 import signal
 import socket
@@ -23,6 +22,7 @@ import typer
 from pydantic import BaseModel
 
 from varcas import __version__
+from varcas.budget import parse_budget, parse_duration
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
 from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
 
@@ -91,7 +91,10 @@ def sweep(
     address: Annotated[
         str | None, typer.Option(help="of a Ray cluster [default: a local Ray, or the Ray job's]")
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="wall time to spend, confirmation included: 30m, 2h, 900s")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="to spend, confirmation included: wall time (30m, 2h), GPU hours (2gpuh), money (5usd)"),
+    ] = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help="server starts of the search, in place of the file's")
     ] = None,
@@ -101,6 +104,9 @@ def sweep(
     engine: Annotated[
         Engine | None, typer.Option(help="what serves, in place of the file's: `simulated` starts nothing")
     ] = None,
+    no_warm_start: Annotated[
+        bool, typer.Option("--no-warm-start", help="leave out what other studies in the store measured")
+    ] = False,
     results: ResultsOpt = None,
     as_json: Json = False,
 ) -> None:
@@ -108,7 +114,15 @@ def sweep(
 
     Example: `varcas sweep experiments/quickstart.yaml --budget 30m`
     """
-    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats, engine=engine)
+    warm_start = False if no_warm_start else None
+    loaded = _with(
+        load_experiment(experiment),
+        results=results,
+        engine=engine,
+        trials=trials,
+        repeats=repeats,
+        warm_start=warm_start,
+    )
     place = [str(experiment), *(["--engine", engine.value] if engine else [])]
     place += ["--results", str(results)] if results else []
     _sweep(loaded, place, address=address, budget=budget, trials=trials, as_json=as_json)
@@ -162,12 +176,12 @@ def _sweep(
     from varcas.report import Recommendation, as_text
     from varcas.sweeper import sweep as run_sweep
 
-    budget_s = None if budget is None else parse_duration(budget)
+    limits = None if budget is None else parse_budget(budget)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
         run = run_phases if loaded.phases else run_sweep
         try:
-            answer = run(loaded, address=address, budget_s=budget_s, on_event=progress, stopping=stopping)
+            answer = run(loaded, address=address, budget=limits, on_event=progress, stopping=stopping)
         except KeyboardInterrupt:
             _interrupted(loaded)
     options = [("--address", address), ("--trials", trials), ("--repeats", max(MIN_STARTS, loaded.study.repeats))]
@@ -401,11 +415,15 @@ def results(
     sql: Annotated[str | None, typer.Option(help="DuckDB SQL over the views trials, requests, samples")] = None,
     sort: Annotated[str | None, typer.Option(help="column to sort by, `-column` for largest first")] = None,
     invalid: Annotated[bool, typer.Option("--invalid", help="only measurements that are not to be believed")] = False,
+    effects: Annotated[
+        bool, typer.Option("--effects", help="what each flag does to the objective, and which act together")
+    ] = False,
 ) -> None:
     """Shows the trials of a study.
 
     Example: `varcas results --sql "select number, output_tokens_per_s from trials order by 2 desc"`
     """
+    from varcas.effects import effects_text
     from varcas.live import has_dash, trials_table
     from varcas.report import DASH_NOTE
     from varcas.results import Results
@@ -417,6 +435,10 @@ def results(
     if sql:
         _print_table(opened.sql(sql), out)
         return
+    if effects:
+        found = opened.effects(_study_name(study))
+        _print(found, as_json, effects_text(found))
+        return
     rows = opened.trials(_study_name(study), sort=sort)
     rows = [row for row in rows if row.valid is False] if invalid else rows
     if out is Format.table:
@@ -426,6 +448,34 @@ def results(
         return
     dumped = [row.model_dump(mode="json") for row in rows]
     print(json.dumps(dumped, indent=2) if out is Format.json else _csv(dumped), end="" if out is Format.csv else "\n")
+
+
+@app.command()
+def compare(
+    study_a: Annotated[str, typer.Argument(metavar="STUDY_A", help="study name or experiment file: before")],
+    study_b: Annotated[str, typer.Argument(metavar="STUDY_B", help="study name or experiment file: after")],
+    results: ResultsOpt = None,
+    results_b: Annotated[
+        Path | None, typer.Option("--results-b", help="results directory of STUDY_B [default: that of STUDY_A]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Shows what changed from one study to another, per metric, with intervals over starts. Starts nothing.
+
+    Exits 1 when a metric is worse with the whole of its interval.
+
+    Example: `varcas compare before-upgrade after-upgrade --json`
+    """
+    from varcas.compare import compare_studies, comparison_text
+    from varcas.results import Results
+
+    first = _results_path(study_a, results)
+    second = results_b or (_results_path(study_b, results) if _is_file(study_b) else first)
+    before, after = Results(first).trials(_study_name(study_a)), Results(second).trials(_study_name(study_b))
+    answer = compare_studies(before, after)
+    _print(answer, as_json, comparison_text(answer))
+    if answer.regressed:
+        raise typer.Exit(VarcasError.exit_code)
 
 
 @app.command()
@@ -612,21 +662,6 @@ def _require_free(port: int) -> None:
         raise InputError(f"--port: {port}: cannot be listened on ({error}). Give another, e.g. --port 8081.") from error
 
 
-def parse_duration(text: str, option: str = "--budget") -> float:
-    """Seconds of `30m`, `2h`, `90s` or `1h30m`.
-
-    Raises:
-        InputError: it is none of these.
-    """
-    match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s)?", text.strip())
-    if text.strip().isdigit():
-        raise InputError(f"{option}: {text!r}: has no unit: write {text.strip()}s or {text.strip()}m.")
-    if not text.strip() or match is None:
-        raise InputError(f"{option}: {text!r}: write 30m, 2h, 1h30m or 900s.")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
-
-
 def _slo(pairs: list[str]) -> dict[str, float]:
     limits: dict[str, float] = {}
     for pair in pairs:
@@ -639,15 +674,10 @@ def _slo(pairs: list[str]) -> dict[str, float]:
 
 
 def _with(
-    experiment: Experiment,
-    *,
-    results: Path | None,
-    trials: int | None,
-    repeats: int | None,
-    engine: Engine | None = None,
+    experiment: Experiment, *, results: Path | None, engine: Engine | None = None, **study_fields: int | bool | None
 ) -> Experiment:
     """The experiment with the command line's values over the file's."""
-    study = {key: new for key, new in (("trials", trials), ("repeats", repeats)) if new is not None}
+    study = {key: new for key, new in study_fields.items() if new is not None}
     changed: dict[str, Any] = {}
     if study:
         changed["study"] = Study.model_validate({**experiment.study.model_dump(), **study})

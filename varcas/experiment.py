@@ -283,7 +283,27 @@ class Study(BaseModel):
 
     model_config = STRICT
     trials: int = Field(default=30, ge=1, description="server starts of the search; confirmation starts come on top")
-    sampler: str = Field(default="auto", description="`auto`, `tpe`, `random`, `gp`")
+    sampler: str = Field(default="auto", description="`auto`, `gp`, `tpe`, `random`, `grid`")
+    stop: Literal["trials", "auto"] = Field(
+        default="trials",
+        description="`auto`: the search ends before `trials` once the expected improvement is below the noise between "
+        "starts; samplers `auto` and `gp`",
+    )
+    live: bool = Field(
+        default=True,
+        description="measures several values of `max_num_seqs` and `max_num_batched_tokens` on one server, where its "
+        "vLLM can change them while it is idle",
+    )
+    ablate: int = Field(
+        default=1,
+        ge=0,
+        description="starts for each flag of a confirmed winner, put back alone; flags that bring nothing are dropped",
+    )
+    warm_start: bool = Field(
+        default=True,
+        description="what other studies in the store measured of the same configurations, under the same conditions, "
+        "counts at once; what they measured under others orders the first proposals",
+    )
     repeats: int = Field(default=3, ge=0, description="fresh starts of baseline and winner each; 0: no confirmation")
     storage: str | None = Field(
         default=None,

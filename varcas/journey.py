@@ -12,12 +12,13 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from varcas.budget import Budget
 from varcas.errors import InputError
 from varcas.experiment import Claim, Experiment, Flags, Hardware, Objective, Phase
 from varcas.intervals import t_quantile
@@ -160,7 +161,7 @@ def opening(experiment: Experiment) -> Experiment:
 def run_phases(
     experiment: Experiment,
     *,
-    budget_s: float | None = None,
+    budget: Budget | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     **options: Any,
 ) -> Journey:
@@ -168,7 +169,7 @@ def run_phases(
 
     Args:
         experiment: with `phases`.
-        budget_s: wall seconds to spend at most, all phases together.
+        budget: to spend at most: wall time of all phases together, GPU hours and money of each.
         on_event: as `sweeper.sweep`; each phase is announced by a note.
         options: further arguments of `sweeper.sweep`.
 
@@ -180,7 +181,8 @@ def run_phases(
     base = Base.first(experiment)
     for phase in experiment.phases:
         check(study_of(experiment, phase, base))
-    ends_s = None if budget_s is None else time.monotonic() + budget_s
+    limits = budget or Budget()
+    ends_s = None if limits.wall_s is None else time.monotonic() + limits.wall_s
     stages: list[Stage] = []
     deployed: Recommendation | None = None
     best: float | None = None  # the objective of the winner so far, in its own phase
@@ -189,7 +191,7 @@ def run_phases(
         on_event(Event("note", text=f"phase {phase.name}" + (f": {phase.why}" if phase.why else "")))
         left_s = None if ends_s is None else max(0.0, ends_s - time.monotonic())
         try:
-            answer = sweep(study, budget_s=left_s, on_event=on_event, **options)
+            answer = sweep(study, budget=replace(limits, wall_s=left_s), on_event=on_event, **options)
         except InputError as error:
             if phase.hardware is None:
                 raise

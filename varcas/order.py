@@ -1,6 +1,7 @@
 """Which configurations a study tries first: those that the roofline's estimates put in front, unlike each other.
 
-Estimates are for order alone: they rule nothing out, and Optuna is never told one. What they do not see (chunked
+Estimates are for order alone: they rule nothing out, and Optuna is never told one. The surrogate (`surrogate.py`) takes
+them for its mean. What they do not see (chunked
 prefill, most of speculation) is left to chance by the study's seed.
 """
 
@@ -11,7 +12,7 @@ import math
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pydantic import JsonValue
 
@@ -54,10 +55,12 @@ class Order:
     Attributes:
         first: configurations, the best estimate first.
         basis: of the estimates, in words.
+        expected: logarithm of the first objective's estimate, by content hash, of what was estimated.
     """
 
     first: tuple[ServingConfig, ...]
     basis: str
+    expected: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,10 @@ def first_proposals(
     judge = _Judge(experiment, site.model, site.gpu, site.engine_version, _measured(experiment, site, rows), traffic)
     ranked = judge.ranked(candidates(space, pruner, rng), rng)
     chosen = unlike(ranked, NUM_ORDERED)
-    return Order(tuple(one.config for one in chosen), judge.basis_of(chosen[0].config)) if chosen else None
+    if not chosen:
+        return None
+    expected = {one.config.hash: told for _, one in ranked if (told := judge.expected(one.config.flags)) is not None}
+    return Order(tuple(one.config for one in chosen), judge.basis_of(chosen[0].config), expected)
 
 
 def candidates(space: Space, pruner: Pruner, rng: random.Random) -> list[Candidate]:
@@ -190,6 +196,21 @@ def _is_as_good(score: Score, best: Score) -> bool:
 _Key = tuple[Serve, str, int, bool]
 
 
+@dataclass(frozen=True, slots=True)
+class _Foreseen:
+    """An estimate, with what speculation does to it.
+
+    Attributes:
+        tokens_per_s: of all requests, at most what is asked for.
+        latency_s: means of a request by name.
+        saturated: the rate is more than the server can take.
+    """
+
+    tokens_per_s: float
+    latency_s: Mapping[str, float]
+    saturated: bool
+
+
 class _Judge:
     """Scores configurations, each distinct setting once."""
 
@@ -206,21 +227,27 @@ class _Judge:
         self._calibration, self._traffic = calibration, traffic
         self._kind, self._slo = _kind_of(experiment), experiment.slo
         self._users = experiment.workload.arrives.users
-        self._scores: dict[_Key, Score] = {}
+        self._foreseen: dict[_Key, _Foreseen] = {}
 
     def ranked(self, some: Sequence[Candidate], rng: random.Random) -> list[tuple[Score, Candidate]]:
         """Those that can be estimated, the best first; equals stay in the order given."""
         keyed = [(key, one) for one in some if (key := self._key(one.config.flags)) is not None]
         keys = list(dict.fromkeys(key for key, _ in keyed))
         for key in keys if len(keys) <= MAX_ESTIMATED else rng.sample(keys, MAX_ESTIMATED):
-            self._scores[key] = self._score(*key)
-        scored = [(self._scores[key], one) for key, one in keyed if key in self._scores]
+            self._foreseen[key] = self._foresee(*key)
+        scored = [(self._score(self._foreseen[key]), one) for key, one in keyed if key in self._foreseen]
         return sorted(scored, key=lambda pair: pair[0])
+
+    def expected(self, flags: Mapping[str, JsonValue]) -> float | None:
+        """Logarithm of the objective of what was ranked; None of a latency that grows as long as the load lasts."""
+        found = self._foreseen[self._keyed(flags)]
+        if self._kind == "rate":
+            return math.log(found.tokens_per_s)
+        return None if found.saturated else math.log(found.latency_s[str(self._kind)])
 
     def basis_of(self, config: ServingConfig) -> str:
         """What the estimate of a configuration rests on."""
-        key = self._key(config.flags)
-        assert key is not None
+        key = self._keyed(config.flags)
         found = self._estimate(key[0], key[1], self._traffic_with(key[3]))
         return f"{'measured here' if found.basis == 'measured' else 'priors'}: {found.source}"
 
@@ -237,6 +264,11 @@ class _Judge:
         named = quantization if isinstance(quantization, str) else ""
         return serve, named, _drafted(flags), flags.get("enable_prefix_caching") is not False
 
+    def _keyed(self, flags: Mapping[str, JsonValue]) -> _Key:
+        key = self._key(flags)
+        assert key is not None
+        return key
+
     def _traffic_with(self, cached: bool) -> Traffic:
         return self._traffic if cached else replace(self._traffic, cached_tokens=0.0)
 
@@ -246,18 +278,21 @@ class _Judge:
             engine_version=self._version, quantization=quantization or None,
         )  # fmt: skip
 
-    def _score(self, serve: Serve, quantization: str, drafted: int, cached: bool) -> Score:
+    def _foresee(self, serve: Serve, quantization: str, drafted: int, cached: bool) -> _Foreseen:
         traffic = self._traffic_with(cached)
         found = self._estimate(serve, quantization, traffic)
         gain = self._gain(serve, quantization, drafted, found.batch) if drafted else 1.0
         asked = math.inf if traffic.rate_rps is None else traffic.rate_rps * traffic.output_tokens
         tokens_per_s = min(found.tokens_per_s.value * gain, asked)
         latency_s = _latencies_s(found.ttft_s.value, found.tpot_s.value / gain, traffic.output_tokens)
-        over = (latency_s[key.partition("_")[0]] * 1e3 / limit - 1 for key, limit in self._slo.items())
+        return _Foreseen(tokens_per_s, latency_s, found.saturated)
+
+    def _score(self, found: _Foreseen) -> Score:
+        over = (found.latency_s[key.partition("_")[0]] * 1e3 / limit - 1 for key, limit in self._slo.items())
         miss = sum(min(max(share, 0.0), MISS_AT_MOST) for share in over)
         if self._kind == "rate" or found.saturated:
-            return Score(_rounded(miss), self._kind != "rate", _rounded(-tokens_per_s))
-        return Score(_rounded(miss), False, _rounded(latency_s[str(self._kind)]))
+            return Score(_rounded(miss), self._kind != "rate", _rounded(-found.tokens_per_s))
+        return Score(_rounded(miss), False, _rounded(found.latency_s[str(self._kind)]))
 
     def _gain(self, serve: Serve, quantization: str, drafted: int, batch: float) -> float:
         """Of speculation, drafts for nothing: a step then is a chunk of k + 1 tokens for each sequence."""

@@ -86,6 +86,7 @@ class Survey:
         left: parameters of those that may work, by content hash; the baseline among them.
         by_rule: how many each rule rules out, most first.
         first: the first refusal of each rule.
+        examples: the first configuration that each rule rules out, by its parameters.
         whole: every one is ruled out, and the baseline too, wherever it lies.
         audits: those to be started all the same, in order.
     """
@@ -96,6 +97,7 @@ class Survey:
     first: Mapping[str, Refusal]
     whole: bool
     audits: tuple[Audit, ...]
+    examples: Mapping[str, Params]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -181,6 +183,7 @@ class Pruner:
         left: dict[str, Params] = {}
         count: Counter[str] = Counter()
         first: dict[str, Refusal] = {}
+        examples: dict[str, Params] = {}
         audits: list[Audit] = []
         for (params, config), refusal in zip(points, refusals, strict=True):
             key = config.hash
@@ -189,11 +192,12 @@ class Pruner:
                 continue
             count[refusal.rule] += 1
             first.setdefault(refusal.rule, refusal)
+            examples.setdefault(refusal.rule, params)
             if (draw := audit_draw(self._study.seed, key)) < self._study.audit_frac:
                 audits.append(_audit(draw, config, params, refusal.rule))
         against = self.says(self._space.config(self._experiment.baseline))
         whole = bool(points) and against is not None and all(refusal is not None for refusal in refusals)
-        return Survey(size, left, dict(count.most_common()), first, whole, tuple(_spread(audits)))
+        return Survey(size, left, dict(count.most_common()), first, whole, tuple(_spread(audits)), examples)
 
     def nothing_left(self) -> str | None:
         """Why no configuration can work, by rule and with what comes nearest; None while one may."""

@@ -16,7 +16,9 @@ MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
 
 State = Literal["complete", "failed", "infeasible", "stopped"]
-Purpose = Literal["baseline", "search", "audit", "confirm", "load", "batch_size", "capacity"]
+Purpose = Literal["baseline", "search", "audit", "confirm", "ablate", "load", "batch_size", "capacity"]
+APART = frozenset({"confirm", "ablate"})
+"""Purposes of starts that come after the search, of what it found: they choose no winner."""
 ASIDE = frozenset({"batch_size", "capacity", "load"})
 """Purposes of rows that answer a question of their own: no search counts or recommends them."""
 LATENCIES = ("ttft", "tpot", "itl", "e2e", "norm")
@@ -312,7 +314,8 @@ class TrialRow(BaseModel):
     server_id: str = Field(description="which server start; the unit of replication")
     purpose: Purpose = Field(
         description="why it was run: `baseline`, `search`, `audit` (the rules rule it out: run to test them), "
-        "`confirm`, `load` of an endpoint that ran already, `batch_size` or `capacity` (a point of such a curve)"
+        "`confirm`, `ablate` (a flag of the winner put back, named by `arm`), `load` of an endpoint that ran already, "
+        "`batch_size` or `capacity` (a point of such a curve)"
     )
     arm: str | None = _doc("of a confirmation start: `baseline` or `candidate`")
     attempt: int = Field(default=0, description="0 for the first start of this configuration, then 1, 2, ...")
@@ -355,6 +358,7 @@ class TrialRow(BaseModel):
     invalid_reasons: list[str] = Field(default_factory=list, description="why not")
     warnings: list[str] = Field(default_factory=list, description="what is odd about it, without making it invalid")
     saturated: bool | None = _doc("the server could not hold the rate: ranked by throughput, never by latency")
+    warm_from: str | None = _doc("study and number of the row that this is a copy of: measured there, and counted here")
     stopped_early: str | None = _doc(
         "why its load was ended before the window was over: an SLO was lost for certain (`constraints` then holds the "
         "least excess of each limit), or the best configuration so far was out of reach"

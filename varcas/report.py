@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from varcas.ablation import effects, minimal
 from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment, Objective
-from varcas.metrics import Gain, compare
+from varcas.intervals import t_quantile
+from varcas.metrics import MIN_STARTS, Gain, compare
 from varcas.pruner import OTHER_REASONS, refutations
-from varcas.records import LATENCY_METRICS, MAX_EXCESS, RATE_METRICS, TrialRow
+from varcas.records import APART, LATENCY_METRICS, MAX_EXCESS, RATE_METRICS, TrialRow
 from varcas.rules import speculation
 from varcas.space import ServingConfig, server_python
 
+SMALL_DRIFT = 0.05
+"""Of the baseline, between search and confirmation: less is not worth a word."""
 LARGE_RATIO = 2.0
 """From here on a gain is written as a ratio."""
 Verdict = Literal["better", "inconclusive", "unconfirmed", "baseline_best", "no_baseline", "pareto", "no_answer"]
@@ -78,6 +83,22 @@ class Failure(BaseModel):
     rule: str | None
 
 
+class FlagOut(BaseModel):
+    """What one flag of the winner brings, from starts without it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    flag: str
+    value: JsonValue
+    before: JsonValue = Field(description="the baseline's; null: left out")
+    gain: float | None = Field(
+        description="of the winner over the configuration without it; null: it does not run then"
+    )
+    lo: float | None = Field(description="lower end of the 95 % interval")
+    hi: float | None
+    starts: int
+    kept: bool = Field(description="it brings something that can be measured, or is needed to run")
+
+
 class Recommendation(BaseModel):
     """What a study leaves behind; `varcas recommend --json` prints it."""
 
@@ -103,6 +124,13 @@ class Recommendation(BaseModel):
     baseline: Arm | None
     winner: Arm | None
     gain: GainOut | None
+    ablation: list[FlagOut] = Field(
+        default_factory=list, description="each flag of a confirmed winner put back alone; empty where none was"
+    )
+    dropped: list[str] = Field(
+        default_factory=list,
+        description="flags of the winner that bring nothing measurable and are not in `deploy`: it was started without",
+    )
     front: list[Arm] = Field(default_factory=list, description="the Pareto front, when there are several objectives")
     counts: dict[str, int] = Field(description="trials by state, confirmation starts apart")
     failures: list[Failure]
@@ -176,7 +204,7 @@ def ranked(rows: Iterable[TrialRow], objective: Objective) -> list[TrialRow]:
     ]
     best: dict[str, TrialRow] = {}
     for _, _, row in sorted(good, key=lambda entry: entry[:2]):
-        if row.purpose != "confirm":
+        if row.purpose not in APART:
             best.setdefault(row.config_hash, row)
     return list(best.values())
 
@@ -264,7 +292,8 @@ def recommend(
     winner = _arm(finding.winner, rows, "candidate", objective)
     gain = _gain(baseline, winner, objective)
     verdict = _verdict(finding, gain, winner, experiment)
-    deployed = _deployed(verdict, finding)
+    tested, least = _ablated(verdict, finding, rows, experiment)
+    deployed = least or _deployed(verdict, finding)
     base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
     return Recommendation(
         study=experiment.name,
@@ -286,12 +315,34 @@ def recommend(
         baseline=baseline,
         winner=winner,
         gain=gain,
+        ablation=tested,
+        dropped=_dropped(finding, least),
         front=[arm for row in finding.front if (arm := _arm(row, rows, "candidate", objective))],
-        counts=dict(Counter(row.state for row in rows if row.purpose != "confirm")),
+        counts=dict(Counter(row.state for row in rows if row.purpose not in APART)),
         failures=_failures(rows, base_flags),
         warnings=[*unsaid, *said, *_warnings(rows, finding, gain, deployed, experiment)],
         ended=ended,
     )
+
+
+def _ablated(
+    verdict: Verdict, finding: Finding, rows: Sequence[TrialRow], experiment: Experiment
+) -> tuple[list[FlagOut], TrialRow | None]:
+    """What each flag of a confirmed winner brings, and a start of what is left of them where that replaces it."""
+    winner, baseline = finding.winner, finding.baseline
+    if verdict != "better" or winner is None or baseline is None:
+        return [], None
+    found = [
+        FlagOut(**{name: getattr(effect, name) for name in FlagOut.model_fields})
+        for effect in effects(rows, winner, baseline, experiment)
+    ]
+    return found, minimal(rows, winner, baseline, experiment)
+
+
+def _dropped(finding: Finding, least: TrialRow | None) -> list[str]:
+    if least is None or finding.winner is None:
+        return []
+    return list(difference(_flags(finding.winner), _flags(least)))
 
 
 def _flags(row: TrialRow) -> dict[str, JsonValue]:
@@ -302,7 +353,7 @@ def _flags(row: TrialRow) -> dict[str, JsonValue]:
 def described(purpose: str, arm: str | None, params: Mapping[str, JsonValue], flags: Mapping[str, JsonValue]) -> str:
     """What a trial sets, in one line: the search's parameters, or every flag."""
     text = settings_text(params or flags, flags)
-    role = f"confirm {arm}" if purpose == "confirm" else purpose if purpose in ("baseline", "audit") else ""
+    role = f"{purpose} {arm}" if purpose in APART else purpose if purpose in ("baseline", "audit") else ""
     return ": ".join(part for part in (role, text) if part)
 
 
@@ -517,6 +568,8 @@ def _warnings(
     rows: Sequence[TrialRow], finding: Finding, gain: GainOut | None, deployed: TrialRow | None, experiment: Experiment
 ) -> list[str]:
     not_believed = sum(row.valid is False and row.state != "stopped" for row in rows)
+    objective = experiment.objectives[0]
+    drift = _drift(rows, finding, objective)
     checks: list[tuple[bool, str]] = [
         (any(row.simulated for row in rows), "these numbers are SIMULATED: no server was measured"),
         (
@@ -525,6 +578,7 @@ def _warnings(
         ),
         (deployed is not None and has_random_weights(_flags(deployed)), RANDOM_WEIGHTS),
         (_kept_up(rows, finding, experiment), _kept_up_text(finding, gain)),
+        (drift is not None, _drift_text(drift or 0.0, objective)),
         (
             _overrun(finding, experiment),
             "the load is beyond what the server can take: configurations are ranked by sustained throughput, "
@@ -536,6 +590,29 @@ def _warnings(
         ),
     ]
     return [text for applies, text in checks if applies]
+
+
+def _drift(rows: Sequence[TrialRow], finding: Finding, objective: Objective) -> float | None:
+    """By how much the baseline measures otherwise in confirmation than it did at first; None where that is noise."""
+    first = value(finding.baseline, objective) if finding.baseline is not None else None
+    if finding.baseline is None or not first:
+        return None
+    arm = _arm(finding.baseline, rows, "baseline", objective)
+    later = arm.values if arm is not None else []
+    if len(later) < MIN_STARTS or min(*later, first) <= 0:
+        return None
+    logs = [math.log(one / first) for one in later]
+    mean = sum(logs) / len(logs)
+    spread = math.sqrt(sum((one - mean) ** 2 for one in logs) / (len(logs) - 1))
+    noise = t_quantile(0.975, len(logs) - 1) * spread * math.sqrt(1 + 1 / len(logs))
+    return math.expm1(mean) if abs(mean) > max(noise, SMALL_DRIFT) else None
+
+
+def _drift_text(drift: float, objective: Objective) -> str:
+    return (
+        f"the machine has drifted: the baseline's {objective.metric} is {drift:+.1%} in confirmation of what it was at "
+        "first; the gain compares interleaved starts and stands, the search's own figures are less comparable"
+    )
 
 
 def _overrun(finding: Finding, experiment: Experiment) -> bool:
@@ -574,7 +651,8 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
     finding = find(rows, experiment)
     directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, str] = {}
-    for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", finding.winner)):
+    _, least = _ablated(answer.verdict, finding, rows, experiment)
+    for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", least or finding.winner)):
         path = directory / name
         if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
             path.unlink(missing_ok=True)  # of an earlier answer
@@ -590,7 +668,7 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
         path.write_text(script)
         path.chmod(0o755)
         paths[row.config_hash] = str(path)
-    deployed = _deployed(answer.verdict, finding)
+    deployed = least or _deployed(answer.verdict, finding)
     return paths.get(deployed.config_hash) if deployed else None
 
 
@@ -629,6 +707,7 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         lines += [
             f"  {flag} left out" if v is None else f"  {flag} = {json.dumps(v)}" for flag, v in answer.changes.items()
         ]
+    lines += _ablation_lines(answer)
     if answer.command:
         unsure = answer.verdict == "unconfirmed"
         marks = [*(["SIMULATED: never measured"] if answer.simulated else []), *(["unconfirmed"] if unsure else [])]
@@ -666,6 +745,24 @@ def _arm_line(name: str, arm: Arm, metric: str) -> str:
     if arm.slo_met_starts is not None:
         text += f", SLO met in {arm.slo_met_starts} of {len(arm.values)}"
     return text + f" (trial {arm.number})"
+
+
+def _ablation_lines(answer: Recommendation) -> list[str]:
+    """What each flag brings, and what was dropped."""
+    if not answer.ablation:
+        return []
+    lines = ["", "Each flag put back alone:", *(f"  {_flag_line(one)}" for one in answer.ablation)]
+    if answer.dropped:
+        lines.append(f"  dropped, and confirmed without: {', '.join(answer.dropped)}")
+    return lines
+
+
+def _flag_line(one: FlagOut) -> str:
+    name = settings_text({one.flag: one.value}, {one.flag: one.value})
+    if one.gain is None:
+        return f"{name}: without it, it does not run or misses the SLO"
+    span = "" if one.lo is None or one.hi is None else f" (95 % {one.lo:+.1%} to {one.hi:+.1%})"
+    return f"{name}: brings {one.gain:+.1%}{span}" + ("" if one.kept else ": nothing measurable")
 
 
 def _last_line(detail: str | None) -> str:

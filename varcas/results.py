@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from varcas.effects import Effects, effects
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.pruner import is_pruned
@@ -93,6 +94,11 @@ class Results:
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
+
+    def effects(self, study: str | None = None) -> Effects:
+        """What each flag does to the objective, over all that a study measured."""
+        name = self._named(study)
+        return effects(self._store.rows(name), self.experiment(name))
 
     def sql(self, query: str) -> pa.Table:
         """Runs DuckDB SQL over the views `trials`, `requests` and `samples`.

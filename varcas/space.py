@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from pydantic import JsonValue, ValidationError
 
@@ -187,6 +187,29 @@ class Suggest(Protocol):
 
     def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
         """A number from `low` to `high`, both included."""
+
+
+class Given:
+    """A `Suggest` that gives what is known.
+
+    Raises:
+        KeyError: it is asked for something else.
+    """
+
+    def __init__(self, params: Params) -> None:
+        self._params = params
+
+    def categorical(self, name: str, labels: Sequence[Label]) -> Label:
+        """As known."""
+        return cast(Label, self._params[name])
+
+    def integer(self, name: str, low: int, high: int, step: int, log: bool) -> int:
+        """As known."""
+        return cast(int, self._params[name])
+
+    def number(self, name: str, low: float, high: float, step: float | None, log: bool) -> float:
+        """As known."""
+        return cast(float, self._params[name])
 
 
 class Drawn:
@@ -403,6 +426,10 @@ class Space:
             if self._active(dimension, flags):
                 flags[dimension.flag] = dimension.node.draw(suggest, params)
         return params, flags
+
+    def flags_of(self, params: Params) -> Flags:
+        """The flags over `serve` that `params` mean; `propose` made both."""
+        return self.propose(Given(params))[1]
 
     def config(self, flags: Mapping[str, JsonValue]) -> ServingConfig:
         """`serve` with `flags` over it."""

@@ -24,6 +24,7 @@ class Candidate:
     choices: str
     why: str
     least_sm: int = 0
+    below_sm: int = 1000
     cpu: bool = True
 
 
@@ -44,13 +45,19 @@ SM = {
 DEFAULT_LEN = 4096
 CANDIDATES = (
     Candidate("max_num_seqs", "[4, 8, 16, 32, 64, 128, 256]", "sequences decoded together: throughput against TPOT"),
-    Candidate("max_num_batched_tokens", "[1024, 2048, 4096, 8192]", "tokens a step: TTFT against ITL", cpu=False),
+    # vLLM's guide: 2048 for ITL, more for TTFT, above 8192 for throughput of small models on large GPUs
+    Candidate(
+        "max_num_batched_tokens", "[2048, 4096, 8192, 16384]", "tokens a step: TTFT against ITL", least_sm=80, cpu=False
+    ),
+    Candidate(
+        "max_num_batched_tokens", "[1024, 2048, 4096, 8192]", "tokens a step: TTFT against ITL", below_sm=80, cpu=False
+    ),
     Candidate("enable_prefix_caching", "[true, false]", "on by default; pays when prompts share a beginning"),
     Candidate("async_scheduling", "[true, false]", "overlaps scheduling with the GPU's work", cpu=False),
-    Candidate("enforce_eager", "[false, true]", "CUDA graphs off: slower decode, faster start", cpu=False),
     # vLLM refuses an fp8 KV cache below sm_89
     Candidate("kv_cache_dtype", "[auto, fp8]", "half the KV cache a token", least_sm=89, cpu=False),
 )
+"""Why these, and why not others: docs/search.md, The space to search."""
 
 
 def starter_file(
@@ -133,7 +140,7 @@ def _lines(
     for candidate in CANDIDATES:
         if known is not None and candidate.flag not in known:
             continue
-        left_out = (on_cpu and not candidate.cpu) or sm < candidate.least_sm
+        left_out = (on_cpu and not candidate.cpu) or not candidate.least_sm <= sm < candidate.below_sm
         if not left_out:
             yield f"  {candidate.flag}: {{choices: {candidate.choices}}}   # {candidate.why}"
     yield "  # speculative_config:              # for text that repeats its prompt"
@@ -150,5 +157,5 @@ def _lines(
     else:
         yield "slo: {}                              # e.g. {ttft_p95_ms: 500, tpot_p95_ms: 50}"
         yield "objective: {maximize: output_tokens_per_s}"
-    yield "study: {trials: 20, sampler: auto, repeats: 3}   # server starts of the search; confirmation starts an arm"
+    yield "study: {trials: 20, stop: auto, repeats: 3}   # starts of the search at most; confirmation starts an arm"
     yield "results: results/"

@@ -32,7 +32,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -51,19 +50,21 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import JsonValue
 
+from varcas.advisor import Advisor, Tried, constraints_of, objectives_of
+from varcas.costs import StartCosts
 from varcas.engine.failures import RETRIED
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.order import NUM_ORDERED
 from varcas.pruner import Pruner, is_pruned
-from varcas.records import LATENCY_METRICS, Purpose, TrialRow
+from varcas.records import APART, LATENCY_METRICS, Purpose, TrialRow
 from varcas.space import Drawn, Flags, Label, Params, ServingConfig, Space, distance
 
 if TYPE_CHECKING:
@@ -71,16 +72,14 @@ if TYPE_CHECKING:
 
 FAILED = 1e3
 """Constraint value of a configuration that does not run."""
-LARGEST_MISS = 500.0
-"""Cap on a measured constraint, below `FAILED` (research/orchestration.md: raw excess made a crash look better)."""
-UNMEASURED = 1.0
-"""Constraint value of an SLO key that a run could not measure: as if twice its limit."""
 MAX_FRUITLESS = 200
 """Proposals in a row that were duplicates or pruned, after which the search ends."""
 LISTED = 10_000
 """Finite spaces of which this much is left are listed to find what is untried; of larger ones random draws are seen."""
 DRAWN = 128
 """Random draws of those, each of which the rules judge."""
+NUM_CANDIDATES = 500
+"""Untried configurations that it looks at, at random."""
 NUM_STARTUP = 5
 """Proposals before TPE takes over: at most `NUM_ORDERED` that the estimates put first, the rest random. The baseline
 and enqueued ones count."""
@@ -98,12 +97,13 @@ Verdict = Literal["measured", "cut", "failed", "again", "given up"]
 
 
 def _auto(seed: int, space: Space) -> BaseSampler:
-    """TPE over all parameters at once, in groups where conditions split the space.
+    """A Gaussian process where the space can be listed (`gp`), else TPE over all parameters at once.
 
-    Running trials count as bad ones (constant liar), so that parallel proposals differ. Choices have no order: Optuna 5
-    dropped `categorical_distance_func`, and with its formula the best of 40 starts was farther from the best there is
-    (9 against 4 %; a synthetic space of 1,080 points, 16 seeds).
+    On recorded landscapes the former needs fewer starts (docs/search.md). TPE counts running trials as bad ones
+    (constant liar), so that parallel proposals differ, and its choices have no order.
     """
+    if can_be_listed(space):
+        return _gp(seed, space)
     with _no_experimental_warnings():
         return TPESampler(seed=seed, n_startup_trials=NUM_STARTUP, multivariate=True, group=True, constant_liar=True)
 
@@ -118,18 +118,39 @@ def _random(seed: int, space: Space) -> BaseSampler:
     return RandomSampler(seed=seed)
 
 
-def _gp(seed: int, space: Space) -> BaseSampler:
-    """Gaussian process (needs torch and scipy): fewer starts on small numeric spaces, 0.3-10 s a proposal."""
-    if missing := [name for name in ("torch", "scipy") if importlib.util.find_spec(name) is None]:
+def _grid(seed: int, space: Space) -> BaseSampler:
+    """Every configuration in the order of the file, the last flag fastest; for spaces that can be tried whole."""
+    if not can_be_listed(space):
+        size = space.size()
+        there = "is continuous" if size is None else f"has {size} configurations"
         raise InputError(
-            f"study.sampler: 'gp': needs {' and '.join(missing)}, not installed here. "
-            f"Install with `pip install {' '.join(missing)}`, or write `sampler: auto`."
+            f"study.sampler: 'grid': the space {there}: a grid is tried whole, up to {LISTED}. "
+            "Give fewer choices, or write `sampler: auto`."
         )
-    with _no_experimental_warnings():
-        return GPSampler(seed=seed, n_startup_trials=NUM_STARTUP, deterministic_objective=False)
+    return RandomSampler(seed=seed)
 
 
-SAMPLERS: dict[str, Callable[[int, Space], BaseSampler]] = {"auto": _auto, "tpe": _tpe, "random": _random, "gp": _gp}
+def _gp(seed: int, space: Space) -> BaseSampler:
+    """Gaussian process of varcas's own (`surrogate.py`): numbers are near or far, failures have culprits, starts costs.
+
+    Its first two are random, unless the estimates order them.
+    """
+    return RandomSampler(seed=seed)
+
+
+def can_be_listed(space: Space) -> bool:
+    """Finite, and no larger than what is listed to find what is untried."""
+    size = space.size()
+    return size is not None and size <= LISTED
+
+
+SAMPLERS: dict[str, Callable[[int, Space], BaseSampler]] = {
+    "auto": _auto,
+    "tpe": _tpe,
+    "random": _random,
+    "gp": _gp,
+    "grid": _grid,
+}
 """Sampler by its name in `study.sampler`: a function of seed and space, whose docstring is its documentation."""
 
 
@@ -238,18 +259,24 @@ class _Ledger:
     experiment: Experiment
     judged_whole: bool = False
     answers: dict[str, tuple[TrialRow, Verdict]] = field(default_factory=dict)
-    spent: int = 0
     worst: list[float] | None = None
     worst_feasible: list[float] | None = None
+    _servers: set[str] = field(default_factory=set)
     _lost: Counter[str] = field(default_factory=Counter)
     _doubtful: Counter[str] = field(default_factory=Counter)
 
-    def add(self, row: TrialRow, retry: bool) -> Verdict:
+    @property
+    def spent(self) -> int:
+        """Server starts that came to something."""
+        return len(self._servers)
+
+    def add(self, row: TrialRow, retry: bool, key: str) -> Verdict:
         """Takes a row in, and says what it means for its configuration; `retry`: it was not its fault."""
         verdict = self._verdict(row, retry)
         if verdict != "again":
-            self.answers.setdefault(row.config_hash, (row, verdict))
-            self.spent += row.state != "infeasible" and row.purpose != "audit"
+            self.answers.setdefault(key, (row, verdict))
+            if row.state != "infeasible" and row.purpose != "audit" and row.warm_from is None:
+                self._servers.add(row.server_id)
         if verdict == "measured":
             self._note_worst(row)
         return verdict
@@ -282,31 +309,6 @@ class _Ledger:
             return values
         picks = [min if o.direction == "maximize" else max for o in self.experiment.objectives]
         return [pick(a, b) for pick, a, b in zip(picks, known, values, strict=True)]
-
-
-def objectives_of(row: TrialRow, experiment: Experiment) -> list[float] | None:
-    """The objectives' columns of a row; None when one of them was not measured."""
-    values = [getattr(row, objective.metric) for objective in experiment.objectives]
-    return None if any(v is None or not math.isfinite(v) for v in values) else [float(v) for v in values]
-
-
-def constraints_of(row: TrialRow, experiment: Experiment) -> dict[str, float]:
-    """Constraints of a measured row, feasible when all are at most 0.
-
-    `holds_rate` stands beside them where a latency is the objective: a saturated server's latency says how long the
-    test ran, so such rows are infeasible and ranked by how far their throughput falls short of the rate asked for.
-    """
-    constraints = {key: min(row.constraints.get(key, UNMEASURED), LARGEST_MISS) for key in sorted(experiment.slo)}
-    if any(objective.metric in LATENCY_METRICS for objective in experiment.objectives):
-        constraints["holds_rate"] = _shortfall(row) if row.saturated else -1.0
-    return {**constraints, "runs": -1.0}
-
-
-def _shortfall(row: TrialRow) -> float:
-    """Rate asked for over rate served, minus 1."""
-    if not row.rate_rps or not row.request_rate_rps:
-        return LARGEST_MISS
-    return min(max(row.rate_rps / row.request_rate_rps - 1, 0.01), LARGEST_MISS)
 
 
 def _violated(experiment: Experiment) -> dict[str, float]:
@@ -435,6 +437,28 @@ class _Untried:
         candidates = self._sample(known)
         return min(candidates, key=lambda candidate: distance(params, candidate), default=None)
 
+    def some(self, known: Callable[[str], bool], at_most: int) -> list[Params]:
+        """Untried configurations at random, so many at most."""
+        return self._sample(known, at_most)
+
+    def of(self, points: Sequence[Params], known: Callable[[str], bool]) -> list[Params]:
+        """Those of some points that are in the space, untried and not ruled out."""
+        configs = {}
+        for params in points:
+            with contextlib.suppress(KeyError, StopIteration):  # not of this space
+                config = self._space.config(self._space.flags_of(params))
+                if self._space.params_of(config.flags) == params and not known(config.hash):
+                    configs[config.hash] = (params, config)
+        pairs = list(configs.values())
+        allowed = [True] * len(pairs) if self._pruner is None else self._pruner.allowed([config for _, config in pairs])
+        return [params for (params, _), ok in zip(pairs, allowed, strict=True) if ok]
+
+    def first(self, known: Callable[[str], bool]) -> Params | None:
+        """The first untried one in the order of the space."""
+        if self._listed is None:
+            self._listed = self._list()
+        return next((params for key, params in self._listed.items() if not known(key)), None)
+
     def may_work(self) -> Mapping[str, Params] | None:
         """What the rules leave of the space, tried or not; None where that is not known in advance."""
         survey = self._pruner.survey() if self._pruner is not None else None
@@ -473,6 +497,12 @@ class _Untried:
 # the study
 
 
+def _is_advised(experiment: Experiment, space: Space) -> bool:
+    """A surrogate proposes."""
+    name = experiment.study.sampler
+    return name == "gp" or (name == "auto" and can_be_listed(space))
+
+
 @dataclass(frozen=True, slots=True)
 class _Queued:
     config: ServingConfig
@@ -485,6 +515,7 @@ class Study:
     Attributes:
         ended: why the last `propose` had nothing more to give; None while it may have.
         num_ordered: proposals that were taken from `first` when it was opened.
+        costs: of a start, as far as known; whoever makes the starts keeps them.
     """
 
     def __init__(
@@ -496,6 +527,7 @@ class Study:
         past: Sequence[TrialRow],
         pruner: Pruner | None = None,
         first: Sequence[ServingConfig] = (),
+        expected: Mapping[str, float] | None = None,
     ) -> None:
         self.experiment, self.space = experiment, space
         self.num_ordered = 0
@@ -505,6 +537,11 @@ class Study:
         self._ledger = _Ledger(experiment, pruner is not None and pruner.survey() is not None)
         self._queue: deque[_Queued] = deque()
         self._in_flight: dict[str, Proposal] = {}
+        self._riding: set[str] = set()  # of those, what is measured on the server of another
+        self._params: dict[str, Params] = {}  # of what is answered, by key
+        self._advisor = Advisor(experiment, space, expected) if _is_advised(experiment, space) else None
+        self._rng = random.Random(experiment.study.seed)
+        self.costs: StartCosts | None = None
         self._trials: dict[int, optuna.trial.Trial] = {}
         self._in_space: set[str] = set()
         self._untried = _Untried(space, experiment.study.seed, pruner)
@@ -543,20 +580,50 @@ class Study:
         self.ended = ended
         return None if ended else proposal
 
+    def alongside(self, proposal: Proposal, live: Mapping[str, Sequence[JsonValue]], at_most: int) -> list[Proposal]:
+        """Untried configurations that differ from a proposal in live flags alone, to be measured on its server.
+
+        Args:
+            proposal: of the server.
+            live: flags of the space that a running server takes, with their values.
+            at_most: so many.
+        """
+        candidates, chosen = self._beside(proposal, live), list[Proposal]()
+        while candidates and len(chosen) < at_most:
+            params = self._advised(candidates, None) or self._rng.choice(candidates)
+            candidates.remove(params)
+            ride = self._proposal(params)
+            self._in_flight[ride.config.hash] = ride
+            self._riding.add(ride.config.hash)
+            chosen.append(ride)
+        return chosen
+
+    def give_up(self, proposal: Proposal) -> None:
+        """What was to be measured alongside was not: it may be proposed again."""
+        self._in_flight.pop(proposal.config.hash, None)
+        self._riding.discard(proposal.config.hash)
+        if proposal.number is not None:
+            self._finish(
+                self._trials.pop(proposal.number), _Told(TrialState.FAIL, None, {}, {"outcome": "not measured"})
+            )
+
     def tell(self, proposal: Proposal, row: TrialRow, *, retry: bool = False) -> None:
         """Takes the row that a proposal led to, which the store already holds.
 
         Args:
             proposal: as `propose` gave it.
-            row: its row; `row.config_hash` is that of the proposal.
+            row: its row; `row.config_hash` is that of the proposal, unless it was measured on another's server.
             retry: the failure was not the configuration's fault; it is proposed again up to `max_retries` times.
         """
         if proposal.purpose == "audit":
-            self._tell_audit(row, retry)
+            self.hear(row, retry=retry)
             return
-        self._in_flight.pop(row.config_hash, None)
-        verdict = self._ledger.add(row, retry)
-        if row.config_hash == self._last:
+        key = proposal.config.hash
+        self._in_flight.pop(key, None)
+        self._riding.discard(key)
+        verdict = self._ledger.add(row, retry, key)
+        self._params[key] = proposal.params
+        if key == self._last:
             self._fruitless = self._fruitless + 1 if row.state == "infeasible" else 0
         if is_pruned(row) and proposal.purpose == "search":
             self._missed = proposal.params
@@ -567,12 +634,13 @@ class Study:
         elif proposal.purpose == "baseline" and verdict != "again":
             self._note_baseline(row)
 
-    def _tell_audit(self, row: TrialRow, retry: bool) -> None:
-        """An audit was not the sampler's idea; one that was measured is a configuration like any other."""
-        verdict = self._ledger.add(row, retry)
-        params = self.space.params_of(json.loads(row.config_json))
+    def hear(self, row: TrialRow, *, retry: bool = False) -> None:
+        """Takes a row that no proposal led to; what it measured is a configuration like any other."""
+        key, params = self._place(row)
+        verdict = self._ledger.add(row, retry, key)
         if params is not None:
-            self._in_space.add(row.config_hash)
+            self._in_space.add(key)
+            self._params[key] = params
             self._restore(row, verdict, params, [])
 
     def reopen(self, rows: Iterable[TrialRow]) -> None:
@@ -593,7 +661,7 @@ class Study:
     # ends
 
     def _end(self) -> str | None:
-        if self._ledger.spent + len(self._in_flight) >= self.experiment.study.trials:
+        if self._ledger.spent + len(self._in_flight) - len(self._riding) >= self.experiment.study.trials:
             return "budget spent"
         if self._queue:
             return None
@@ -603,6 +671,8 @@ class Study:
             return "space exhausted"
         if self._fruitless >= MAX_FRUITLESS:
             return f"{MAX_FRUITLESS} proposals in a row were duplicates or pruned"
+        if self.experiment.study.stop == "auto" and self._advisor is not None:
+            return self._advisor.ended()
         return None
 
     def _num_tried(self, may_work: Mapping[str, Params] | None) -> int:
@@ -625,12 +695,47 @@ class Study:
 
     def _sampled(self) -> Proposal | None:
         """What the sampler proposes, or what lies nearest to it when it repeats itself; None for a duplicate."""
+        if (chosen := self._chosen()) is not None:
+            return self._proposal(chosen)
         trial, params, config = self._ask()
         if not self._known(config.hash):
             return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
         self._answer(trial, config)
         self._fruitless += 1
         return self._untried_near(params) if self.space.size() is not None else None
+
+    def _chosen(self) -> Params | None:
+        """What is chosen among all that is left, not by Optuna; None where Optuna proposes."""
+        if self.experiment.study.sampler == "grid":
+            return self._untried.first(self._known)
+        return self._advised(self._untried.some(self._known, NUM_CANDIDATES), self.costs)
+
+    def _advised(self, candidates: Sequence[Params], costs: StartCosts | None) -> Params | None:
+        if self._advisor is None or not candidates:
+            return None
+        running = [proposal.params for proposal in self._in_flight.values() if proposal.number is not None]
+        return self._advisor.next(self._tried(), candidates, running, costs)
+
+    def _tried(self) -> list[Tried]:
+        """What the space's configurations came to, in the order of their answers."""
+        return [
+            Tried(self._params[key], row, verdict in ("measured", "cut"))
+            for key, (row, verdict) in self._ledger.answers.items()
+            if key in self._in_space and key in self._params and verdict != "given up"
+            and not (self._ledger.judged_whole and is_pruned(row))
+        ]  # fmt: skip
+
+    def _beside(self, proposal: Proposal, live: Mapping[str, Sequence[JsonValue]]) -> list[Params]:
+        values = {flag: choices for flag, choices in live.items() if flag in proposal.params}
+        if proposal.number is None or not values:
+            return []
+        combined = itertools.product(*values.values())
+        points = [{**proposal.params, **dict(zip(values, chosen, strict=True))} for chosen in combined]
+        return self._untried.of(points, self._known)
+
+    def _proposal(self, params: Params) -> Proposal:
+        trial, params, config = self._ask(params)
+        return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
 
     def _near_missed(self) -> Proposal | None:
         params, self._missed = self._missed, None
@@ -640,8 +745,7 @@ class Study:
         near = self._untried.near(params, self._known)
         if near is None:
             return None
-        trial, params, config = self._ask(near)
-        return Proposal(trial.number, params, self.space.over_serve(config), config, "search")
+        return self._proposal(near)
 
     def _ask(self, fixed: Params | None = None) -> tuple[optuna.trial.Trial, Params, ServingConfig]:
         """A new Optuna trial, with given parameters or those of the sampler."""
@@ -686,12 +790,13 @@ class Study:
         told = {trial.user_attrs.get("trial_id") for trial in finished}
         unfinished = self._unfinished()
         lost: list[_Queued] = []
-        for row in sorted((row for row in past if row.purpose != "confirm"), key=lambda row: row.number):
-            verdict = self._ledger.add(row, row.failure_kind in RETRIED and row.state != "infeasible")
+        for row in sorted((row for row in past if row.purpose not in APART), key=lambda row: row.number):
+            key, params = self._place(row)
+            verdict = self._ledger.add(row, row.failure_kind in RETRIED and row.state != "infeasible", key)
             config = self._config(json.loads(row.config_json))
-            params = self.space.params_of(config.flags)
             if params is not None:
-                self._in_space.add(config.hash)
+                self._in_space.add(key)
+                self._params[key] = params
             if verdict == "again" and row.purpose != "audit":
                 lost.append(_Queued(config, row.purpose))
             if params is not None and row.trial_id not in told:
@@ -723,6 +828,20 @@ class Study:
             constraints=told.constraints,
         )
         self._optuna.add_trial(trial)
+
+    def _place(self, row: TrialRow) -> tuple[str, Params | None]:
+        """Which configuration a row answers, by its hash, and its parameters; None outside of the space.
+
+        What was measured on a running server has other flags once it is deployed: its parameters name it.
+        """
+        flags: Flags = json.loads(row.config_json)
+        if not row.measured_live:
+            return row.config_hash, self.space.params_of(flags)
+        params: Params = json.loads(row.params_json)
+        try:
+            return self.space.config(self.space.flags_of(params)).hash, params
+        except (KeyError, StopIteration):  # of another space
+            return row.config_hash, None
 
     def _unfinished(self) -> list[_Unfinished]:
         """Trials that a driver before this one left open."""
@@ -782,6 +901,7 @@ def open_study(
     past: Sequence[TrialRow],
     pruner: Pruner | None = None,
     first: Sequence[ServingConfig] = (),
+    expected: Mapping[str, float] | None = None,
 ) -> Study:
     """Opens the experiment's Optuna study, or makes it, and brings it to what the store's rows say.
 
@@ -792,6 +912,7 @@ def open_study(
         past: this study's rows in the store.
         pruner: what rules configurations out; None when nothing does. Rows that no longer stand are left out.
         first: what the estimates put first (`order.first_proposals`); the start-up proposals come from it in part.
+        expected: of the estimates, by content hash (`order.Order.expected`): what a surrogate starts from.
 
     Raises:
         InputError: an unknown sampler, or a storage that cannot be used.
@@ -803,7 +924,7 @@ def open_study(
         storage = _storage(storage_url)
         try:
             study = _agreeing(storage, experiment, sampler, {row.trial_id for row in past})
-            return Study(experiment, space, storage, study, past, pruner, first)
+            return Study(experiment, space, storage, study, past, pruner, first, expected)
         except BaseException:
             _close(storage)
             raise
@@ -992,7 +1113,7 @@ def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow]) -> BaseStor
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = _View()
     by_number = {row.number: row for row in sorted(rows, key=lambda row: (row.number, row.attempt))}
-    searched = {number: row for number, row in by_number.items() if row.purpose != "confirm"}
+    searched = {number: row for number, row in by_number.items() if row.purpose not in APART}
     confirmed = [row for row in by_number.values() if row.purpose == "confirm"]
     placed = _placed(experiment, searched.values())
     study = _view_study(storage, experiment, experiment.name)

@@ -391,4 +391,4 @@ def test_a_load_ends_once_its_answer_is_known(load: Load, start_server: StartSer
         record = by_index[index]
         assert (one.first_token_s, one.last_token_s) == (record.first_token_s, record.last_token_s)
         assert (one.scheduled_s, one.output_tokens, one.ok) == (record.scheduled_s, record.output_tokens, record.ok)
-    assert {record.error for record in result.records} == {None, "unfinished"}
+    assert {record.error for record in result.records} <= {None, "unfinished", "not sent"}
