@@ -38,7 +38,9 @@ def measured(results: Path, name: str, seed: int = 0) -> Experiment:
         "baseline": {},
         "space": {"max_num_seqs": Choices(choices=[4, 8, 16, 32, 64, 128])},
         "workload": made.workload.model_copy(update={"rate_rps": 1.5, "duration_s": 60.0, "max_drain_s": 60.0}),
-        "study": made.study.model_copy(update={"trials": 7, "repeats": 0, "seed": seed, "enqueue": []}),
+        "study": made.study.model_copy(
+            update={"trials": 7, "repeats": 0, "seed": seed, "enqueue": [], "live": False, "warm_start": False}
+        ),
     }
     made = made.model_copy(update=told)
     simulator = Simulator.of(made)
