@@ -15,6 +15,7 @@ import typer.main
 from varcas.cli import app
 from varcas.engine.failures import FAILURES
 from varcas.experiment import parse_experiment
+from varcas.journey import opening
 from varcas.space import Space
 from varcas.study import SAMPLERS
 from varcas.workload.profiles import PROFILES
@@ -58,7 +59,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value[:24])
 def test_yaml_is_an_experiment(place: str, text: str) -> None:
-    assert Space(parse_experiment(text, place)).size()
+    assert Space(opening(parse_experiment(text, place))).size()
 
 
 @pytest.mark.parametrize(("line", "words"), commands(), ids=lambda value: str(value)[:60])

@@ -23,6 +23,7 @@ __all__ = [
     "find_capacity",
     "load_experiment",
     "roofline_report",
+    "run_phases",
     "sweep",
 ]
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from varcas.batch_size import batch_size_search
     from varcas.capacity import find_capacity
     from varcas.experiment import load_experiment
+    from varcas.journey import run_phases
     from varcas.limits import roofline_report
     from varcas.results import Results
     from varcas.sweeper import sweep
@@ -45,6 +47,7 @@ def __getattr__(name: str) -> Any:
         "load_experiment": "varcas.experiment",
         "Results": "varcas.results",
         "roofline_report": "varcas.limits",
+        "run_phases": "varcas.journey",
         "sweep": "varcas.sweeper",
     }
     if name not in homes:

@@ -69,6 +69,11 @@ def proposal_text(row: TrialRow) -> str:
 
 def verdict_text(row: TrialRow) -> str:
     """A few words on a row: `ok`, `slo missed`, the failure kind, `not valid`; what was left unfinished."""
+    said = _verdict_text(row)
+    return f"{said}, SIMULATED" if row.simulated else said
+
+
+def _verdict_text(row: TrialRow) -> str:
     if row.stopped_early:
         return "slo lost, stopped early" if row.slo_met is False else "out of reach, stopped early"
     if row.state != "complete":

@@ -21,12 +21,15 @@ from varcas.errors import InputError
 from varcas.experiment import Experiment, Workload
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
-from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
+from varcas.pool import Finished, LostServiceError, Workers, in_ray_job
 from varcas.records import ASIDE, MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
+from varcas.report import unreal_acceptance
+from varcas.simulated import unmodelled
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
 from varcas.study import Proposal, make_sampler
 from varcas.trial import Done, Series, TrialTask
+from varcas.validity import UNCHECKED
 from varcas.workload.schedule import check_workload, identity
 
 ANSWER_S = 300.0
@@ -107,12 +110,23 @@ def check(experiment: Experiment, *, searched: bool = True) -> Space:
         InputError: with file, line, key and fix.
     """
     with located(experiment):
+        _require_real(experiment, searched)
         space = Space(experiment, may_be_empty=not searched)
         check_paths(experiment)
         check_local_model(experiment.model)
         check_workload(experiment.workload, experiment.serve)
         make_sampler(experiment, space)
     return space
+
+
+def _require_real(experiment: Experiment, searched: bool) -> None:
+    """Raises InputError: a simulated engine is asked for what takes several loads of one start."""
+    wanted = any(objective.metric == "capacity_rps" for objective in experiment.objectives)
+    if experiment.engine == "simulated" and (wanted or not searched):
+        raise InputError(
+            "engine: simulated: capacity and batch sizes are measured on real servers alone. Sweep with another "
+            "objective, or take `engine` out."
+        )
 
 
 @contextlib.contextmanager
@@ -165,13 +179,13 @@ class Starts:
         experiment: Experiment,
         space: Space,
         store: Store,
-        pool: Pool,
+        pool: Workers,
         on_event: Callable[[Event], None],
         stopping: threading.Event,
         node: Callable[..., Any],
     ) -> None:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
-        self._make_node = node
+        self._make_node, self.simulated = node, experiment.engine == "simulated"
         self._emit, self._stopping = on_event, stopping
         self._workload = identity(experiment.workload)
         self._jobs: dict[str, tuple[Job, float]] = {}  # and when it was submitted
@@ -262,6 +276,7 @@ class Starts:
             "workload": self._workload,
             "slo": dict(e.slo),
             "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
+            **({"simulation": json.loads(e.simulation.model_dump_json())} if self.simulated else {}),
         }
 
     def _check(self, config: ServingConfig) -> Checked:
@@ -391,6 +406,15 @@ class Starts:
         key, stored = self._trial_key(job), self.store.rows(self.experiment.name)
         return sum(row.trial_key == key and row.purpose == job.purpose for row in (*stored, *beside))
 
+    def _warnings(self, config: ServingConfig, found: Sequence[str]) -> list[str]:
+        """Those of a measurement, and what is to be said of it because of how it was made."""
+        acceptance = self.experiment.simulation.acceptance
+        said = unreal_acceptance(config.flags, simulated=self.simulated, acceptance=acceptance)
+        named = unmodelled(config.flags) if self.simulated else []
+        text = f"without effect in a simulated engine: {', '.join(named)}"
+        kept = [text for text in found if not (self.simulated and text.startswith(UNCHECKED))]
+        return [*kept, *([said] if said else []), *([text] if named else [])]
+
     def _row(self, job: Job, **columns: Any) -> TrialRow:
         e, config = self.experiment, job.proposal.config
         workload = e.workload if job.workload is None else job.workload
@@ -414,6 +438,7 @@ class Starts:
             "model_revision": self.facts.model_revision,
             "engine": e.engine,
             "engine_version": self.facts.engine_version,
+            "simulated": self.simulated,
             "workload_json": workload.model_dump_json(),
             "profile": workload.name,
             "rate_rps": workload.mean_rps and float(workload.mean_rps),
@@ -425,6 +450,8 @@ class Starts:
             "audited_rule": job.audited_rule,
             "measured_live": job.live,
         }
+        if columns.get("num_requests") is not None:
+            columns["warnings"] = self._warnings(config, columns.get("warnings", ()))
         return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
 
 

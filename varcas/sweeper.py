@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
@@ -22,18 +23,20 @@ from varcas.engine.fetch import weights_problem
 from varcas.engine.node import Checked, Node
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
-from varcas.experiment import Experiment
+from varcas.experiment import Experiment, Hardware
 from varcas.gpus import gpu as catalogued
 from varcas.gpus import variants
 from varcas.inner import split
+from varcas.inprocess import InProcessPool
 from varcas.metrics import MIN_STARTS
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.pool import Finished, Pool
+from varcas.pool import Finished, Pool, Workers
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import APART, Outcome, RequestRecord, Sample, TrialRow
 from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
 from varcas.rules import Site
 from varcas.sharing import Shared, num_rides, shared
+from varcas.simulated import Simulator, unmodelled
 from varcas.space import ServingConfig, Space
 from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
 from varcas.store import Store
@@ -53,6 +56,8 @@ MAX_LISTED = 10_000
 NOT_ASKED = Checked(ok=True)
 """Of a configuration that was ruled out before vLLM was asked."""
 TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
+SIMULATED_S = 1.0
+"""Of a simulated start with its load, at most; for the plan."""
 TYPICAL_LOADS = 8
 """Until a capacity is known, from a first rate that is off by a factor of four."""
 STOP_S = 3.0
@@ -70,6 +75,7 @@ def sweep(
     stopping: threading.Event | None = None,
     run: Run = run_trial,
     node: Callable[..., Any] = Node,
+    pool: Callable[[Hardware], Workers] | None = None,
     **ray_options: Any,
 ) -> Recommendation:
     """Searches the experiment's space on real servers and returns what to deploy; resumes where it was stopped.
@@ -82,6 +88,7 @@ def sweep(
         stopping: set it to end early: running servers are stopped, everything measured so far is kept.
         run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
         node: what answers for a worker node, likewise.
+        pool: where trials run in place of Ray; the simulated engine takes `inprocess.InProcessPool`.
         ray_options: further arguments of `ray.init` for a local Ray.
 
     Raises:
@@ -94,15 +101,52 @@ def sweep(
     with (
         located(experiment),
         Store(experiment.results) as store,
-        Pool(experiment.hardware, address, **ray_options) as pool,
+        _pool(experiment, address, pool, ray_options) as workers,
     ):
+        simulator = simulator_of(experiment, store) if experiment.engine == "simulated" else None
+        if simulator is not None:
+            run, node = simulator.run, simulator.node
+            on_event(Event("note", text=_simulated_note(experiment, simulator)))
         stop = stopping or threading.Event()
-        sweeper = Sweeper(experiment, space, store, pool, budget or Budget(), on_event, stop, run, node)
+        sweeper = Sweeper(experiment, space, store, workers, budget or Budget(), on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
             sweeper.ablate()
             return sweeper.answer()
+
+
+def _pool(
+    experiment: Experiment,
+    address: str | None,
+    make: Callable[[Hardware], Workers] | None,
+    ray_options: Mapping[str, Any],
+) -> contextlib.AbstractContextManager[Workers]:
+    if experiment.engine == "simulated" or make is not None:
+        return contextlib.nullcontext((make or InProcessPool)(experiment.hardware))
+    return Pool(experiment.hardware, address, **ray_options)
+
+
+def simulator_of(experiment: Experiment, store: Store) -> Simulator:
+    """What simulates an experiment, calibrated by the real measurements of its store and of those that it names.
+
+    Raises:
+        InputError: it cannot be simulated, or a directory that it names holds no results.
+    """
+    stores = [store, *(Store(path, readonly=True) for path in experiment.simulation.calibrate_from)]
+    owner = {row.trial_id: held for held in stores for row in held.rows()}
+    rows = {row.trial_id: row for held in stores for row in held.rows()}
+    return Simulator.of(experiment, rows.values(), lambda trial_id: owner[trial_id].requests(trial_id))
+
+
+def _simulated_note(experiment: Experiment, simulator: Simulator) -> str:
+    flags = {**experiment.serve, **experiment.baseline}
+    named = unmodelled({*flags, *experiment.space})
+    said = f"; without effect here: {', '.join(named)}" if named else ""
+    return (
+        f"SIMULATED: no server is started. vLLM {simulator.version} on {simulator.gpu.name}; step times of the "
+        f"baseline from {simulator.basis(flags)}{said}"
+    )
 
 
 class Sweeper(Starts):
@@ -115,7 +159,7 @@ class Sweeper(Starts):
         experiment: Experiment,
         space: Space,
         store: Store,
-        pool: Pool,
+        pool: Workers,
         budget: Budget,
         on_event: Callable[[Event], None],
         stopping: threading.Event,
@@ -161,7 +205,7 @@ class Sweeper(Starts):
     def _live_flags(self) -> Mapping[str, tuple[int, ...]]:
         """Flags of the space that a running server takes, with their values."""
         experiment = self.experiment
-        if not experiment.study.live or self._by_capacity:
+        if not experiment.study.live or self._by_capacity or self.simulated:
             return {}
         divided = split(experiment, self.flag_names)
         for flag, why in divided.why_not.items():
@@ -638,11 +682,12 @@ class Sweeper(Starts):
         """What is about to be spent, from the start times that this study's store has seen."""
         workload, study = self.experiment.workload, self.experiment.study
         measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
-        guess = GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
+        guess = 0.0 if self.simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
         searches = study.trials if may_work is None else min(study.trials, may_work + 1)
         done, loads = self.study.spent, TYPICAL_LOADS if self._by_capacity else 1
+        loads_s = (workload.warmup_s + workload.duration_s + workload.max_drain_s) * loads
         return Plan(
             study=self.experiment.name,
             space_size=size,
@@ -651,7 +696,7 @@ class Sweeper(Starts):
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=(workload.warmup_s + workload.duration_s + workload.max_drain_s) * loads + STOP_S,
+            load_s=SIMULATED_S if self.simulated else loads_s + STOP_S,
             budget_s=self._purse.wall_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
@@ -691,7 +736,6 @@ def _usd_per_gpu_h(kind: str) -> float | None:
     """List price of a GPU of the catalogue; None where it has none."""
     price = catalogued(kind).price if variants(kind) else None
     return None if price is None else price.usd_per_h
-
 
 
 def _is_hopeless(row: TrialRow) -> bool:
