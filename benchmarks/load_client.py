@@ -66,7 +66,7 @@ class Row:
         figures: None if it failed.
         load_us_per_event: CPU time from the first request's arrival to the last answer's end, an event.
         total_us_per_event: CPU time of all of the client's processes, an event.
-    load_cores: cores that it kept busy under load.
+        load_cores: cores that it kept busy under load.
         peak_rss_mb: largest sum over its processes.
         wall_s: of the client.
         error: why it failed.

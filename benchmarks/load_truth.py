@@ -137,7 +137,7 @@ class Figures:
         lost: requests that never came, or whose answer the client does not have whole.
         doubled: requests that came, or are told, more than once.
         wrong: answers called good that have another number of tokens, or times out of order.
-    without_due: requests that the client's schedule gives no moment; they are in no send lag.
+        without_due: requests that the client's schedule gives no moment; they are in no send lag.
         server_late_p99_ms: token sends less their own schedule: the server's load.
         truth_unsure_p99_ms: how long a send took: the truth lies between its two stamps.
         clock_moved_us: of the kernel's stamps against CLOCK_MONOTONIC.

@@ -226,7 +226,10 @@ def test_what_is_wrong_with_an_endpoint_is_said(answering: Answering, answers: A
 
 
 def test_an_endpoint_without_a_list_of_models_is_taken_at_its_users_word(answering: Answering) -> None:
+    address = answering({PLAIN: (200, {}), "/metrics": (200, "")})
+    assert connect(address, model="mine").metrics_url == address
     served = connect(answering({PLAIN: (200, {})}) + "/v1/", model="mine")
+    assert served.metrics_url is None  # else each measurement would wait for it to say that it is idle
     assert (served.model, served.endpoint, served.max_model_len, served.target.strict) == (
         "mine", "completions", None, False,
     )  # fmt: skip

@@ -69,6 +69,7 @@ class Served:
         max_model_len: where it says so (vLLM does).
         version: of vLLM, where it says so.
         endpoint: that the load uses.
+        metrics_url: of its `/metrics`; None where it has none, or a proxy before it may hide them.
     """
 
     target: Target
@@ -77,6 +78,7 @@ class Served:
     max_model_len: int | None
     version: str | None
     endpoint: Endpoint
+    metrics_url: str | None = None
 
 
 def measure(
@@ -162,13 +164,17 @@ def connect(
     version = _ask(target, "GET", "/version").answer.get("version")
     max_model_len = found.get("max_model_len")
     target, decided = _decide(target, endpoint, sampling or {}, url)
+    known = url.rstrip("/").removesuffix("/v1")
+    is_bare = not (target.tls or target.base)
+    has_metrics = is_bare and _ask(target, "GET", "/metrics").status == http.client.OK
     return Served(
         target=target,
-        url=url.rstrip("/").removesuffix("/v1"),
+        url=known,
         model=found["id"],
         max_model_len=max_model_len if isinstance(max_model_len, int) else None,
         version=version if isinstance(version, str) else None,
         endpoint=decided,
+        metrics_url=known if has_metrics else None,
     )
 
 
@@ -279,7 +285,7 @@ def _ask(target: Target, method: str, path: str, body: Mapping[str, Any] | None 
             "that are trusted."
         ) from error
     except (OSError, http.client.HTTPException) as error:
-        raise InputError(f"{where}: nobody answers ({error}). Is it up, and the port right?") from error
+        raise InputError(f"{where}: nobody answers ({error}). Is it up, and are port and http(s):// right?") from error
     finally:
         connection.close()
 
@@ -295,7 +301,7 @@ def _object(data: bytes) -> dict[str, Any]:
 def _loaded(served: Served) -> Loaded:
     return Loaded(
         target=served.target,
-        url=None if served.target.tls or served.target.base else served.url,  # a proxy hides `/metrics`
+        url=served.metrics_url,
         endpoint=served.endpoint,
         gpus=(),
         max_model_len=served.max_model_len,

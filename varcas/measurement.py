@@ -21,7 +21,7 @@ from varcas.hardware import Gpu
 from varcas.records import EarlyStop, Ended, LoadResult, Prompted, RequestRecord, Sample
 from varcas.workload.driver import Load, Seen, StalledError
 from varcas.workload.prompts import fit_prompts
-from varcas.workload.schedule import schedule
+from varcas.workload.schedule import num_passed_over, schedule
 from varcas.workload.wire import Endpoint, Target
 
 WARMUP_DRAIN_S = 2.0
@@ -149,7 +149,8 @@ class Measurement:
             on_progress=lambda sent, done: self._on_progress(Progress(stream, sent, done)),
             seen=self._watched(fitted) if stream == "measure" else None,
         )
-        result = self._kept(run, len(requests) - len(fitted)) if stream == "measure" else run()
+        num_left_out = len(requests) - len(fitted) + num_passed_over(workload, requests, duration_s=duration_s)
+        result = self._kept(run, num_left_out) if stream == "measure" else run()
         if self._cancelled.is_set():
             raise TrialError("interrupted", f"asked to stop during the {stream} load")
         if not server.alive():

@@ -224,7 +224,8 @@ class LoadResult:
         client_cpu_frac: CPU seconds of the busiest load process over the window, per second (1.0 is one core full).
         clients: load processes.
         kernel_stamped_frac: share of receives whose time is the kernel's stamp; the others' is the client's own.
-        num_left_out: requests of the schedule that the server's context did not hold, and that were never sent.
+        num_left_out: requests that were never sent: the server's context does not hold them, or, in a trace, they ask
+            nothing.
     """
 
     records: tuple[RequestRecord, ...]

@@ -139,7 +139,8 @@ def _left_out(measured: Measured) -> tuple[str, bool] | None:
     if not left_out:
         return None
     share = left_out / (left_out + len(measured.requests))
-    text = f"{left_out} requests ({share:.1%}) did not fit the server's context and were not sent: the rate is lower"
+    why = "did not fit the server's context, or ask nothing, and were not sent: the rate is lower"
+    text = f"{left_out} requests ({share:.1%}) {why}"
     is_reason = share > LEFT_OUT_LIMIT_FRAC
     return (f"{text}, bound {LEFT_OUT_LIMIT_FRAC:.0%}" if is_reason else text), is_reason
 

@@ -20,6 +20,7 @@ from tests.workload.test_wire import DONE, event, response
 from varcas.errors import TrialError, VarcasError
 from varcas.experiment import Arrival, Workload
 from varcas.records import LoadResult, Prompted, RequestRecord, ScheduledRequest
+from varcas.workload.clock import NO_STAMP, Offset
 from varcas.workload.driver import Load
 from varcas.workload.exchange import Chain, Exchange, Step, Writer
 from varcas.workload.prompts import fit_prompts
@@ -214,6 +215,48 @@ def test_a_follower_is_built_in_little_time() -> None:
         exchange = following
     assert len(exchange.data) > 90_000
     assert sorted(spent_s)[24] < 0.002  # 0.015 ms as measured, for 45 kB of history
+
+
+WHOLE, _ = response([event({"text": "a"}), event({"text": "b", "finish_reason": "length"}), DONE])
+
+
+@pytest.mark.parametrize(
+    ("turn", "pieces", "failure", "needs_reading"),
+    [
+        (0, [WHOLE], None, False),
+        (0, [WHOLE[:90], WHOLE[90:]], None, False),
+        (0, [WHOLE[:-5], WHOLE[-5:]], None, False),  # the last chunk comes alone
+        (1, [WHOLE], None, True),  # it is repeated
+        (0, [WHOLE], "connection broke: Reset", True),
+        (0, [WHOLE[:-5]], None, True),
+        (0, [WHOLE.replace(b"200 OK", b"500 No")], None, True),
+        (0, [response([event(error={"message": "x"}), DONE])[0]], None, True),
+        (0, [response([event({"text": "a"})])[0]], None, True),
+        (0, [], None, True),
+    ],
+)
+def test_an_answer_is_read_before_the_next_request_only_where_that_depends_on_it(
+    turn: int, pieces: list[bytes], failure: str | None, needs_reading: bool
+) -> None:
+    writer = Writer(Target("h", 1, "m"), "chat", cache_salt="s", sampling={})
+    steps = [Step.of_row([i, 0.0, 9, 9, i, i * turn, 0.5, "word", None], "chat") for i in range(2)]
+    exchange = Exchange(Chain(tuple(steps), True, 2, 2), 0, 0, 0.0, writer)
+    offset = Offset()
+    exchange.begin(offset.steps)
+    for piece in pieces:
+        exchange.stamps += NO_STAMP
+        exchange.seen_s.append(time.monotonic())
+        exchange.response.feed(piece)
+    exchange.failure = failure
+    assert exchange.needs_reading == needs_reading
+    if not needs_reading:
+        exchange.date_end(offset)
+        dated_s, unread = exchange.end_s, exchange.follower(writer, None, 0.0)
+        read = exchange.follower(writer, exchange.read(offset), 0.0)
+        assert exchange.end_s == dated_s
+        assert unread is not None
+        assert read is not None
+        assert (unread.data, unread.due_s, unread.place) == (read.data, read.due_s, 1)
 
 
 @pytest.fixture(scope="module")

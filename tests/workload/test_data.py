@@ -180,6 +180,27 @@ PLAIN = "timestamp,prompt_tokens,output_tokens\n0,5,6\n"
         (PLAIN + "1,,1\n", ["row 2: prompt_tokens: ''"]),
         (PLAIN + "noon,5,1\n", ["row 2: timestamp: 'noon': must be a number or an ISO 8601 time"]),
         (PLAIN + "1,5\n", ["row 2: output_tokens: missing"]),
+        (PLAIN + "1,9223372036854775807,1\n", ["row 2: prompt_tokens: '9223372036854775807'", "at most 2147483647"]),
+        (PLAIN + "1e300,5,6\n", ["row 2: timestamp: '1e300'", "in seconds, and at most 1e11"]),
+        (PLAIN + "1700000000000,5,6\n", ["row 2: timestamp: '1700000000000'", "in seconds"]),  # it is in ms
+        ("prompt_tokens,prompt_tokens,output_tokens\n1,2,3\n", ["2 columns prompt_tokens"]),
+        ("timestamp,timestamp,prompt_tokens,output_tokens\n1,2,3,4\n", ["2 columns timestamp"]),
+        ('[{"prompt_tokens": 5, "output_tokens": 6}]', ["CSV, JSONL or Parquet, not as a JSON array"]),
+        ('{"prompt_tokens": "5", "output_tokens": "6"}\n', ["row 1: prompt_tokens: '5': must be a whole number"]),
+        (
+            '{"timestamp": 1, "prompt_tokens": 5, "output_tokens": 6}\n{"prompt_tokens": 5, "output_tokens": 6}\n',
+            ["row 2: timestamp: missing"],
+        ),
+        (
+            '{"timestamp": 1e15, "input_length": 5, "output_length": 6}\n',
+            ["row 1: timestamp", "in ms, and at most 1e14"],
+        ),
+        ('{"timestamp": 1, "input_length": 5, "output_length": 6, "hash_ids": 7}\n', ["row 1: hash_ids: 7: must be a"]),
+        ('{"prompt": "x", "max_tokens": 1e30}\n', ["row 1: max_tokens: 1e+30: must be a whole number"]),
+        ('{"messages": [{"role": ["user"], "content": "x"}]}\n', ["row 1: messages[0].role: ['user']: must be one of"]),
+        ('{"prompt": ' + "[" * 100_000 + "\n", ["row 1: not valid JSON"]),
+        ("[" + "[" * 100_000, ["row 1: not valid JSON"]),
+        (b"\x1f\x8b\x08\x00", ["format is not known: found '\\x1f"]),
         ("prompt,output_tokens\nhello,3\n", ["as JSONL", "not as CSV"]),
         ('{"prompt_tokens": 5, "output_tokens": 6}\n{"prompt_tokens": "x", "output_tokens": 6}\n', ["row 2: prompt_"]),
         ('{"prompt_tokens": 5, "output_tokens": 6}\n{"output_tokens": 6}\n', ["row 2: prompt_tokens: missing"]),
@@ -216,6 +237,32 @@ def test_what_is_wrong_in_a_file_is_named_in_one_line(tmp_path: Path, text: str 
     assert len(message.splitlines()) == 1, message
 
 
+def test_prompts_without_blocks_stand_beside_prompts_with_some(tmp_path: Path) -> None:
+    line = '{"timestamp": %d, "input_length": 600, "output_length": 6%s}\n'
+    some = opened(
+        tmp_path / "x", line % (0, ', "hash_ids": [1, 2]') + line % (1, "") + line % (2, ', "hash_ids": null')
+    )
+    assert [c.turns[0].blocks for c in rows(some) if c] == [(1, 2), (), ()]
+    none = opened(tmp_path / "y", 2 * (line % (0, ', "hash_ids": []')))
+    assert [c.turns[0].blocks for c in rows(none) if c] == [(), ()]
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array(["2024-01-01", "2024-01-02"], pa.large_string()),  # as Polars writes them
+        pa.array(["2024-01-01", "2024-01-02"]).dictionary_encode(),
+        pa.array([19723, 19724], pa.date32()),
+        pa.array([86_400 * 2, 86_400], pa.uint64()),  # not in order
+    ],
+)
+def test_times_are_read_however_parquet_holds_them(tmp_path: Path, times: pa.Array) -> None:
+    pyarrow.parquet.write_table(
+        pa.table({"timestamp": times, "prompt_tokens": [1, 2], "output_tokens": [3, 4]}), tmp_path / "p"
+    )
+    assert open_data(str(tmp_path / "p")).times_us.tolist() == [0, 86_400_000_000]
+
+
 def test_a_file_that_is_not_there_and_one_that_changed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"workload.data: nowhere.csv: cannot be read"):
         check_workload(Workload(data="nowhere.csv", rate_rps=1), {})
@@ -227,6 +274,7 @@ def test_times_of_texts_must_be_there_and_in_order(tmp_path: Path) -> None:
     line = '{"prompt": "x", "output_tokens": 3%s}\n'
     for ends, words in (
         (["", ""], "row 1: timestamp: missing"),
+        ([', "timestamp": 0', ', "timestamp": 1e300'], r"row 2: timestamp: 1e\+300: .* in seconds, and at most 1e11"),
         ([', "timestamp": 3', ', "timestamp": 2'], "row 2: timestamp: 2: must not be before"),
     ):
         data = opened(tmp_path / "x", "".join(line % end for end in ends))

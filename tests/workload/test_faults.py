@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import dataclasses
 import resource
 import socket
 import ssl
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,46 @@ def test_tls_is_read_alike_and_stamped_by_the_kernel_too(
             assert record.sent_s is None
 
 
+class Closing(Secure):
+    """Says goodbye in the segment that ends its answer, and waits for the client to close, as asyncio's TLS does."""
+
+    def serve(self, connection: socket.socket) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = self.context.wrap_bio(incoming, outgoing, server_side=True)
+
+        def heard(step: Callable[[], bytes | None]) -> bytes | None:
+            while True:
+                try:
+                    return step()
+                except ssl.SSLWantReadError:
+                    connection.sendall(outgoing.read())
+                    incoming.write(connection.recv(65536))
+
+        with connection, contextlib.suppress(OSError):
+            heard(tls.do_handshake)
+            connection.sendall(outgoing.read())
+            heard(lambda: tls.read(65536))
+            self.num_requests += 1
+            tls.write(WHOLE)
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.unwrap()
+            connection.sendall(outgoing.read())
+            while connection.recv(65536):
+                pass
+
+
+def test_a_connection_whose_tls_has_ended_is_not_used_again(
+    certificates: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates[0]))
+    server = Closing(*certificates)
+    target = Target("localhost", server.target.port, "m", tls=True)
+    with server.socket, Load.start(tmp_path / "load.log", tmp_path / "load") as load:
+        result = run(load, target, every(0.1, 5), max_drain_s=1.0)
+    assert errors(result) == {None}
+    assert server.num_requests == 5
+
+
 class Distant(Secure):
     """A server to which a connection takes long, and which takes long to answer."""
 
@@ -209,9 +251,18 @@ def test_requests_go_out_on_time_to_a_server_that_is_far_away(
     server.scripts = [[WHOLE]]
     target = Target("localhost", server.target.port, "m", tls=True)
     with server.socket, Load.start(tmp_path / "load.log", tmp_path / "load") as load:
-        result = run(load, target, every(0.01, 48))
-    assert errors(result) == {None}
-    assert max((record.sent_s or 9.0) - record.scheduled_s for record in result.records) < 0.15
+        for requests, duration_s in ((every(0.01, 48), 0.5), (users(300), 0.3)):
+            result = run(load, target, requests, duration_s=duration_s)
+            assert errors(result) == {None}
+            assert len(result.records) == sum(one.request.after is None for one in requests)
+            assert max((record.sent_s or 9.0) - record.scheduled_s for record in result.records) < 0.15
+
+
+def users(num: int) -> Sequence[Prompted]:
+    """Of a closed loop, who ask twice, the second time after the window."""
+    first = [asked(i, 0.0, 8, 4) for i in range(num)]
+    second = [dataclasses.replace(one.request, index=num + i, after=i, gap_s=9.0) for i, one in enumerate(first)]
+    return [*first, *(Prompted(request, "again") for request in second)]
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused(load: Load, secure: Secure) -> None:

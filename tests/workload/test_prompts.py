@@ -301,7 +301,7 @@ def test_own_texts_that_do_not_fit_are_left_out_with_what_follows_them(awkward: 
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-@pytest.mark.parametrize("status", [404, 405])
+@pytest.mark.parametrize("status", [404, 422])
 def test_without_tokenize_prompts_are_made_through_usage(awkward: Awkward, endpoint: Endpoint, status: int) -> None:
     awkward.tokenize_status = status
     awkward.words_split_from = 7  # of the common words most are one token each

@@ -25,7 +25,7 @@ from varcas.workload.conversation import MIN_OUTPUT_TOKENS, MIN_PROMPT_TOKENS, M
 from varcas.workload.profiles import PROFILES
 from varcas.workload.profiles import profile as lengths_of
 from varcas.workload.profiles.profile import Lengths
-from varcas.workload.schedule import MAX_CLOSED_REQUESTS, check_workload, schedule
+from varcas.workload.schedule import MAX_CLOSED_REQUESTS, check_workload, num_passed_over, schedule
 
 arrivals: st.SearchStrategy[Any] = st.sampled_from(
     ["poisson", "constant", Arrival(kind="gamma", burstiness=0.4), Arrival(kind="ramp", to_rps=20)]
@@ -302,6 +302,20 @@ def test_texts_that_cannot_fit_are_passed_over() -> None:
     assert {request.prompt for request in asked} == {"Name three fruits.", "Zwei Zeilen über Äpfel 🍎, bitte."}
     with pytest.raises(InputError, match="no record can be asked"):
         measured(Workload(data=data, rate_rps=2), 20, 11)
+
+
+def test_records_that_a_trace_passes_over_are_counted_as_they_lower_its_rate(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    texts = ["short", "long " * 50, "short", "long " * 50, "short"]
+    path.write_text(
+        "".join(f'{{"prompt": "{text}", "output_tokens": 4, "timestamp": {i}}}\n' for i, text in enumerate(texts))
+    )
+    for arrives, passed_over in (({"arrival": "trace", "duration_s": 3.5}, 2), ({"rate_rps": 1, "duration_s": 3.5}, 0)):
+        workload = Workload(data=str(path), **arrives)
+        asked = measured(workload, 3.5, 30)
+        assert {request.prompt for request in asked} == {"short"}
+        assert num_passed_over(workload, asked, duration_s=3.5) == passed_over
+        assert num_passed_over(workload, measured(workload, 3.5, 300), duration_s=3.5) == 0
 
 
 def test_a_trace_that_ends_long_before_the_window_is_refused() -> None:

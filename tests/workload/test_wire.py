@@ -338,6 +338,20 @@ def test_an_event_may_have_several_lines_of_data() -> None:
     assert (list(answer.counts), answer.error) == ([1], None)
 
 
+def test_a_piece_of_nothing_begins_no_response() -> None:
+    """As TLS gives when it closes, or hands out a ticket."""
+    assert read([b""]).error == "connection closed before the response"
+    assert not fed([b""]).begun
+    assert fed([b"", b"HTTP"]).begun
+
+
+def test_a_byte_order_mark_may_come_first() -> None:
+    events = [token("a", [1]), token("b", [2], "length"), DONE]
+    raw, ends = response([b"\xef\xbb\xbf" + events[0], *events[1:]])
+    answer = read(cut(raw, [ends[0] + 1, ends[1] + 1]))
+    assert (list(answer.counts), list(answer.times), answer.error) == ([1, 1], [0.0, 1.0], None)
+
+
 CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
 
@@ -379,6 +393,14 @@ JSON_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n"
         (response([token("a", [1]), b"data: " + b"[" * 100_000 + b"\n\n", DONE])[0], "broken event: "),
         (response([token("a", [1]), b'data: {"choi'], "length")[0], 'broken event: {"choi'),
         (response([token("a", [1]), b'data: {"error": {"message": "EngineDead"}}\n\n', DONE])[0], "stream: EngineDead"),
+        (
+            response([token("a", [1]), b'data: {"object": "error", "message": "EngineDead", "code": 500}\n\n', DONE])[
+                0
+            ],
+            "stream: EngineDead",
+        ),
+        (response([token("a", [1], "abort"), event(usage=USAGE), DONE])[0], "stream: finish_reason abort"),
+        (response([token("a", [1], "error"), DONE])[0], "stream: finish_reason error"),
         (response([token("a", [1]), DONE])[0], "no finish_reason after 1 tokens"),
         (response([ROLE, event({"delta": {}, "finish_reason": "stop"}), DONE])[0], "no tokens"),
         (CHUNKED, "connection closed after 0 tokens"),

@@ -160,7 +160,8 @@ class Load:
             clients: processes, which share the requests; one spends some 15-20 us of CPU on an event.
         """
         work_dir.mkdir(parents=True, exist_ok=True)
-        env = {name: text for name, text in os.environ.items() if name in PASSED_ENV or name.startswith("VARCAS_")}
+        ours = {name for name in os.environ if name.startswith("VARCAS_") and not name.endswith("_KEY")}
+        env = {name: text for name, text in os.environ.items() if name in PASSED_ENV or name in ours}
         env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         argv = [sys.executable, "-m", "varcas.workload.locustfile"]
         children: list[Child] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from varcas.workload.clock import Offset, arrivals
+from varcas.workload.clock import STAMP_BYTES, Offset, arrivals
 from varcas.workload.wire import (
     PATHS,
     Answer,
@@ -30,8 +30,10 @@ NOTHING, NO_STAMPS, NO_TIMES = Response(), bytearray(), array("d")
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What reading a response raises that is odd in a way nobody thought of: the request's failure, not the load's."""
 
+LAST_PARTS = 3
+"""Of a response's pieces: `[DONE]` comes in one of them, before the last chunk's end and any trailers."""
 FAILED_PAUSE_S = 1.0
-"""A closed loop's user whose request failed asks something else no sooner than this."""
+"""A closed loop's user whose request failed asks something else no sooner than this, as far as that shows unread."""
 
 
 class Writer:
@@ -202,8 +204,7 @@ class Exchange:
     def read(self, offset: Offset, pause: Callable[[], None] = lambda: None) -> Answer:
         """Parses what came, and lets go of the bytes."""
         if self._answer is None:
-            offset.check()
-            offset_ns = offset.ns if offset.steps == self._clock_steps else None
+            offset_ns = self._offset_ns(offset)
             arrived_s = arrivals(self.stamps, self.seen_s, offset_ns)
             self.num_receives = len(arrived_s)
             self.num_unstamped = len(arrived_s) if offset_ns is None else array("q", bytes(self.stamps))[::2].count(0)
@@ -216,22 +217,50 @@ class Exchange:
             self._forget()
         return self._answer
 
+    def _offset_ns(self, offset: Offset) -> int | None:
+        """Of the clocks; None when somebody set one since the request was sent."""
+        offset.check()
+        return offset.ns if offset.steps == self._clock_steps else None
+
+    @property
+    def needs_reading(self) -> bool:
+        """What follows depends on what the answer says: it repeats it, or this one may have failed.
+
+        Reading takes some 4 us an event. Where all users' answers end in one step, the last one's next request would
+        wait for all of them to be read.
+        """
+        seen = self.response
+        is_sound = self.failure is None and seen.whole and seen.status == 200 and bool(self.seen_s)
+        is_done = is_sound and b"[DONE]" in b"".join(seen.parts[-LAST_PARTS:])
+        return not is_done or self._is_repeated() or any(b'"error"' in part for part in seen.parts)
+
+    def date_end(self, offset: Offset) -> None:
+        """Dates the end as `read` does, before that."""
+        self.end_s, *_ = arrivals(self.stamps[-STAMP_BYTES:], self.seen_s[-1:], self._offset_ns(offset))
+
     def _parsed(self, arrived_s: Sequence[float], pause: Callable[[], None]) -> Answer:
         try:
             return parse(self.response, arrived_s, pause, keep_text=self._is_repeated())
         except UNREADABLE as error:
             return Answer(status=self.response.status, error=f"broken response: not understood: {error!r:.200}")
 
-    def follower(self, writer: Writer, answer: Answer, t0_s: float) -> Exchange | None:
-        """What comes due because this one ended; ready to be sent."""
-        ok = answer.error is None and self.end_s is not None
+    def follower(self, writer: Writer, answer: Answer | None, t0_s: float) -> Exchange | None:
+        """What comes due because this one ended; ready to be sent.
+
+        Args:
+            writer: of its bytes.
+            answer: None where it was not read, and need not be.
+            t0_s: the window's start.
+        """
+        ok = (answer is None or answer.error is None) and self.end_s is not None
         found = self.chain.next(self.place, self.lap, ok)
         if found is None or self.end_s is None:
             return None
         place, lap, gap_s = found
         goes_on = lap == self.lap and self.chain.steps[place].turn > 0
-        reply = (said(writer.endpoint, "assistant", "".join(answer.texts)),)
-        history = (*self.messages, *reply) if goes_on else ()
+        history: tuple[bytes, ...] = ()
+        if goes_on and answer is not None:
+            history = (*self.messages, said(writer.endpoint, "assistant", "".join(answer.texts)))
         return Exchange(self.chain, place, lap, self.end_s - t0_s + gap_s, writer, history)
 
     def record(self, answer: Answer, t0_s: float) -> list[Any]:

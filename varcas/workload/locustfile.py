@@ -70,7 +70,8 @@ RECV_BYTES = 65536
 READ, WRITE = 1, 2  # libev's
 CONNECT_TIMEOUT_S = 30.0
 OPEN_TOGETHER = 16
-OPEN_FIRST = 256
+OPEN_FIRST_TOGETHER = 64
+OPEN_FIRST = 256  # in an open loop, where nobody knows how many will be needed
 ANSWER_S = 10.0  # as long as an answer may take, for all we know beforehand
 OPEN_FIRST_TIMEOUT_S = 5.0
 SPARE_CONNECTIONS = 16
@@ -216,9 +217,11 @@ class Connection:
                     data, closed = self._tls.open(data)
                     self._tls.flush(self._sock)
                     over = exchange.response.feed(data)
-                    if closed and not over:
-                        self._closed_by_server(exchange)
-                        return
+                    if closed:
+                        exchange.response.reusable = False
+                        if not over:
+                            self._closed_by_server(exchange)
+                            return
                 else:
                     over = exchange.response.feed(data)
                 if b"data:" in data:
@@ -314,8 +317,8 @@ class Connections:
     def open_first(self, num: int) -> None:
         """Opens so many before the load starts; a server that is not there shows itself in the load."""
         self._num_spare = min(num, SPARE_CONNECTIONS)
-        for _ in range(min(num, OPEN_TOGETHER)):
-            self._openers.spawn(self._refill, min(num, OPEN_FIRST))
+        for _ in range(min(num, OPEN_FIRST_TOGETHER)):
+            self._openers.spawn(self._refill, num)
         self._openers.join(timeout=OPEN_FIRST_TIMEOUT_S)
         self._openers.kill()
 
@@ -563,7 +566,13 @@ class Run:
     def _end(self, exchange: Exchange) -> None:
         exchange.end_s = self.life_s = monotonic()
         self.num_done += 1
-        (self._awaited if exchange.is_followed else self._ended).append(exchange)
+        if exchange.is_followed and exchange.needs_reading:
+            self._awaited.append(exchange)
+        else:
+            if exchange.is_followed:
+                exchange.date_end(self.offset)
+                self._follow(exchange, None)
+            self._ended.append(exchange)
         self._has_ended.set()
         self.note_if_over()
 
@@ -580,16 +589,16 @@ class Run:
         while True:
             self._has_ended.wait()
             while self._awaited or self._ended:
-                exchange = self._awaited[0] if self._awaited else self._ended.popleft()
+                is_awaited = bool(self._awaited)
+                exchange = self._awaited[0] if is_awaited else self._ended.popleft()
                 answer = exchange.read(self.offset, pause=gevent.idle)
                 self.news.ended.append(exchange.told(answer, self.t0_s))
-                if exchange.is_followed:
-                    self._awaited.popleft()
-                    self._follow(exchange, answer)
+                if is_awaited:
+                    self._follow(self._awaited.popleft(), answer)
                 gevent.idle()
             self._has_ended.clear()
 
-    def _follow(self, exchange: Exchange, answer: Answer) -> None:
+    def _follow(self, exchange: Exchange, answer: Answer | None) -> None:
         """Plans what waited for this one's end, unless the window is over by then."""
         follower = exchange.follower(self._writer, answer, self.t0_s)
         if follower is not None and follower.due_s < self.duration_s and self.stop_at_s is None:
@@ -727,7 +736,7 @@ class Process:
             run.plan(Exchange(chain, 0, 0, steps[0].at_s, writer))
         self._runner.spawn_users({"ChatUser": SPARE_USERS})
         if self._stop_grace_s is None:
-            run.connections.open_first(len(chains) if command["closed"] else run.num_due_soon)
+            run.connections.open_first(len(chains) if command["closed"] else min(run.num_due_soon, OPEN_FIRST))
         else:
             run.stop(self._stop_grace_s)
         return run

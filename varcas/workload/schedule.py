@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ from varcas.workload.conversation import (
     Turn,
 )
 from varcas.workload.data import Data, open_data
+from varcas.workload.data.files import Numbers
 from varcas.workload.data.table import Table
 from varcas.workload.draws import Uniform, exponential, geometric, streams
 from varcas.workload.profiles import PROFILES
@@ -122,6 +123,17 @@ def schedule(
         for at_us, conversation in zip(due, _conversations(workload, max_len, draws), strict=False):
             built.add(at_us, conversation)
     return tuple(built.requests)
+
+
+def num_passed_over(workload: Workload, requests: Sequence[ScheduledRequest], *, duration_s: float) -> int:
+    """How many records of a trace came due and are not in its schedule, which has a lower rate than the trace then.
+
+    They cannot fit by their characters, or nothing in them can be asked. Elsewhere the next record takes the place.
+    """
+    if workload.arrives.kind != "trace" or workload.data is None:
+        return 0
+    due_us = _due_us(open_data(workload.data), workload, math.ceil(duration_s * US))
+    return len(due_us) - len({request.conversation for request in requests})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -325,13 +337,18 @@ def _replayed(
     """The records at their own times, from the first one on, as many as the window holds."""
     assert workload.data is not None
     data = open_data(workload.data)
-    times_us = np.rint(data.times_us * _scale(data.times_us, workload)).astype(np.int64)
-    rows = range(int(np.searchsorted(times_us, duration_us)))
-    for row, conversation in _fitting(data, rows, workload, max_len, draws):
+    times_us = _due_us(data, workload, duration_us)
+    for row, conversation in _fitting(data, range(len(times_us)), workload, max_len, draws):
         yield int(times_us[row]), conversation
 
 
-def _scale(times_us: np.ndarray[tuple[int], np.dtype[np.int64]], workload: Workload) -> float:
+def _due_us(data: Data, workload: Workload, duration_us: int) -> Numbers:
+    """Times of the trace's records that come due in the window."""
+    times_us: Numbers = np.rint(data.times_us * _scale(data.times_us, workload)).astype(np.int64)
+    return times_us[: int(np.searchsorted(times_us, duration_us))]
+
+
+def _scale(times_us: Numbers, workload: Workload) -> float:
     """What the trace's times are multiplied by to get the rate asked for. Raises InputError: it cannot be had."""
     span_s = float(times_us[-1]) / US
     if workload.rate_rps is not None and (span_s <= 0 or len(times_us) < 2):

@@ -20,8 +20,8 @@ B = TypeVar("B")
 
 NUM_CONNECTIONS = 8
 TIMEOUT_S = 30.0
-ABSENT = (403, 404, 405, 501)
-"""What a server answers that has no `/tokenize`."""
+ABSENT = (400, 403, 404, 405, 422, 501)
+"""What a server answers that has no `/tokenize`, or another one: Text Generation Inference wants `inputs`."""
 BUSY = (429, 503)
 MAX_WAITS = 5
 MAX_WAIT_S = 10.0

@@ -53,7 +53,7 @@ ERROR_KINDS: dict[str, str] = {
     "http": "a status other than 200, with what its body says",
     "broken response": "not HTTP, its framing does not add up, or no event stream",
     "broken event": "an event is not JSON, or not of OpenAI's form",
-    "stream": "the server reported an error within the stream",
+    "stream": "the server reported an error within the stream, or ended the answer for a reason of its own",
     "no finish_reason": "the response came whole, but no event says why it ended",
     "no tokens": "the response came whole, and is empty",
     "unfinished": "the drain ran out, or the load was stopped",
@@ -63,6 +63,9 @@ ERROR_KINDS: dict[str, str] = {
 TEXT_KEYS = ("content", "text", "reasoning_content", "reasoning", "tool_calls", "refusal")
 ANSWER_KEYS = ("content", "text")
 """Of `TEXT_KEYS`, what a conversation's next turn repeats."""
+CUT_SHORT = ("abort", "error")
+"""Reasons of vLLM's for an end that neither the model nor the request asked for."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_HEAD_BYTES = 65536
 MAX_LENGTH_DIGITS = 18
 MAX_TOKENS = 2**31
@@ -186,19 +189,22 @@ class Response:
         status: of HTTP; None until its head came.
         headers: names in lower case.
         parts: the body's bytes in each piece, one entry a piece, empty where there are none.
+        begun: anything of it came; TLS may say something else before that.
         over: it is complete, or broken beyond reading: expect no more.
         whole: it came complete.
         reusable: the connection may serve another request.
         broken: what is wrong with its framing, in one line.
     """
 
-    __slots__ = ("_held", "_left", "_state", "broken", "headers", "over", "parts", "reusable", "status", "whole")
+    __slots__ = (
+        "_held", "_left", "_state", "begun", "broken", "headers", "over", "parts", "reusable", "status", "whole",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.status: int | None = None
         self.headers: dict[str, str] = {}
         self.parts: list[bytes] = []
-        self.over = self.whole = False
+        self.begun = self.over = self.whole = False
         self.reusable = True
         self.broken: str | None = None
         self._held = b""  # of a line that is not complete
@@ -219,12 +225,8 @@ class Response:
         self.whole = self.whole or self._state is Response._to_the_end
         self.over, self.reusable = True, False
 
-    @property
-    def begun(self) -> bool:
-        """Anything came."""
-        return bool(self.parts)
-
     def _in_head(self, piece: bytes) -> bytes:
+        self.begun = self.begun or bool(piece)
         data = self._held + piece
         while True:
             head, found, rest = data.partition(b"\r\n\r\n")
@@ -409,8 +411,9 @@ class Answer:
 
     def take(self, event: Mapping[str, Any], at_s: float) -> None:
         """Takes one event."""
-        if event.get("error") is not None:
-            self.error = self.error or f"stream: {_one_line(event['error'])}"
+        error = event if event.get("object") == "error" else event.get("error")  # as vLLM had it once, and has it now
+        if error is not None:
+            self.error = self.error or f"stream: {_one_line(error)}"
             return
         usage = event.get("usage")
         if usage:
@@ -419,6 +422,8 @@ class Answer:
         for choice in event.get("choices") or ():
             if finish_reason := choice.get("finish_reason"):
                 self.finish_reason, self._finish_s = _one_line(finish_reason), at_s
+                if self.finish_reason in CUT_SHORT:
+                    self.error = self.error or f"stream: finish_reason {self.finish_reason}"
             delta = choice.get("delta") or choice
             num_tokens = self._num_tokens(choice, delta, usage)
             if num_tokens is not None:
@@ -605,10 +610,11 @@ def _broken_event(data: bytes) -> str:
 
 def _lines(response: Response, stamps_s: Sequence[float]) -> Iterator[tuple[bytes, float]]:
     """Yields each line of the body with its end, and the stamp of the piece that brought its last byte."""
-    parts = response.parts
-    offset = piece = 0
+    parts, body = response.parts, b"".join(response.parts)
+    offset = len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0
+    piece = 0
     piece_end = len(parts[0]) if parts else 0
-    for line in b"".join(parts).splitlines(keepends=True):
+    for line in body[offset:].splitlines(keepends=True):
         offset += len(line)
         if not (line.endswith((b"\n", b"\r")) or response.whole):
             return

@@ -64,7 +64,8 @@ def _open(path: str, mtime_ns: int, size: int) -> Data:
     for columns in FORMATS:
         if columns.prompt in names and columns.output in names:
             return Table.read(path, container, columns, names)
-    raise InputError(f"{path}: its format is not known: found {', '.join(names) or 'nothing'}; allowed are {KNOWN}.")
+    found = ", ".join(name if name.isprintable() else repr(name) for name in names)[:200] or "nothing"
+    raise InputError(f"{path}: its format is not known: found {found}; allowed are {KNOWN}.")
 
 
 def _names(path: str, container: Container) -> list[str]:

@@ -6,7 +6,6 @@ import csv
 import datetime
 import itertools
 import json
-import math
 import mmap
 import re
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,11 @@ Container = Literal["csv", "jsonl", "json", "parquet"]
 Numbers = npt.NDArray[np.int64]
 
 US = 1_000_000
+MAX_TOKENS = 2**31 - 1
+MAX_TIME_S = 1e11
+"""A larger number of seconds lies beyond the year 5000: it is one of milliseconds since 1970."""
+WHOLE = f"must be a whole number of tokens, at least 1 and at most {MAX_TOKENS}."
+TIME = "must be a number or an ISO 8601 time; a number is in seconds, and at most 1e11."
 CSV_TEXT: Any = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
 WINDOW_BYTES = 8 << 20
 DECODER = json.JSONDecoder()
@@ -68,24 +72,24 @@ def shortened(value: object) -> str:
     return "missing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def is_whole(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number, also as text, of at least `least`."""
+def is_whole(value: object) -> bool:
+    """Whether it is a number of tokens, also as text."""
     try:
-        return not isinstance(value, bool) and float(value) == int(float(value)) >= least  # type: ignore[arg-type]
+        return not isinstance(value, bool) and 1 <= float(value) == int(float(value)) <= MAX_TOKENS  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return False
 
 
-def is_time(value: object) -> bool:
-    """Whether `seconds_of` takes it."""
+def is_time(value: object, unit_s: float = 1.0) -> bool:
+    """Whether `seconds_of` takes it, a number being in this unit."""
     try:
-        seconds_of(value)
+        seconds_of(value, unit_s)
     except (TypeError, ValueError):
         return False
     return True
 
 
-def seconds_of(value: object) -> float:
+def seconds_of(value: object, unit_s: float = 1.0) -> float:
     """Of a number, or of an ISO 8601 time, which is in UTC where it does not say. Raises ValueError, TypeError."""
     if isinstance(value, bool):
         raise ValueError(value)
@@ -95,9 +99,9 @@ def seconds_of(value: object) -> float:
         except ValueError:
             value = datetime.datetime.fromisoformat(str(value))
         else:
-            if not math.isfinite(seconds):
+            if not abs(seconds) * unit_s <= MAX_TIME_S:  # nor is it NaN
                 raise ValueError(value)
-            return seconds
+            return seconds * unit_s
     return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
 
 
@@ -148,7 +152,7 @@ class _JsonRecords:
     def __getitem__(self, row: int) -> Mapping[str, Any]:
         try:
             found = json.loads(self.text[self.starts[row] : self.ends[row]].removeprefix(b"\xef\xbb\xbf"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: row {row + 1}: not valid JSON: {error}") from error
         if not isinstance(found, dict):
             raise InputError(f"{self.path}: row {row + 1}: {shortened(found)}: must be a JSON object.")
@@ -181,6 +185,8 @@ def _elements(path: str, text: mmap.mmap) -> tuple[Numbers, Numbers]:
             return np.array(starts, np.int64), np.array(ends, np.int64)
         try:
             end = DECODER.raw_decode(window, at)[1]
+        except RecursionError as error:
+            raise InputError(f"{path}: row {len(starts) + 1}: not valid JSON: {error}") from error
         except ValueError as error:
             if base + len(window) == len(text):
                 raise InputError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from varcas.errors import InputError
 from varcas.workload.conversation import Conversation, Turn
-from varcas.workload.data.files import US, Numbers, Records, bad_value, is_time, is_whole, seconds_of
+from varcas.workload.data.files import TIME, US, WHOLE, Numbers, Records, bad_value, is_time, is_whole, seconds_of
 
 TEXT_FIELDS = ("conversations", "messages", "prompt")
 OUTPUT_FIELDS = ("output_tokens", "max_tokens", "max_completion_tokens")
@@ -42,7 +42,7 @@ class Texts:
         for row in range(len(self)):
             value = self._records[row].get(TIME_FIELD)
             if not is_time(value):
-                raise bad_value(self._path, row + 1, TIME_FIELD, value, "must be a number or an ISO 8601 time.")
+                raise bad_value(self._path, row + 1, TIME_FIELD, value, TIME)
             seconds[row] = seconds_of(value)
             if row and seconds[row] < seconds[row - 1]:
                 raise bad_value(
@@ -73,7 +73,7 @@ class Texts:
             allowed = f"say how many tokens to generate: {', '.join(OUTPUT_FIELDS[:2])}, or an assistant's message."
             raise bad_value(self._path, row + 1, OUTPUT_FIELDS[0], None, allowed)
         if not is_whole(record[field]):
-            raise bad_value(self._path, row + 1, field, record[field], "must be a whole number of tokens, at least 1.")
+            raise bad_value(self._path, row + 1, field, record[field], WHOLE)
         return int(record[field])
 
     def _dialogue(
@@ -109,7 +109,7 @@ class Texts:
             raise bad_value(self._path, row + 1, field, messages, "must be a list of objects.")
         for number, message in enumerate(messages):
             role, text = message.get(role_field), message.get(text_field)
-            if role not in ROLES:
+            if not isinstance(role, str) or role not in ROLES:
                 allowed = f"must be one of {', '.join(ROLES)}."
                 raise bad_value(self._path, row + 1, f"{field}[{number}].{role_field}", role, allowed)
             if not isinstance(text, str):
