@@ -153,6 +153,8 @@ def test_a_curve_comes_from_one_server_and_nothing_is_measured_twice(
     assert [row.purpose for row in stored] == ["batch_size"] * 5
     assert [row.measured_live for row in stored] == [True] * 4 + [False]
     assert len({row.server_id for row in stored}) == 3
+    advice = Results(tmp_path / "results").recommend()
+    assert (advice.verdict, advice.counts) == ("no_answer", {})  # no row of a search
 
 
 @pytest.mark.ray
