@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -16,7 +15,6 @@ from varcas.experiment import Experiment, Objective
 from varcas.metrics import MAX_EXCESS, Gain, compare
 from varcas.pruner import OTHER_REASONS, refutations
 from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
-from varcas.space import ServingConfig, server_python
 
 LARGE_RATIO = 2.0
 """From here on a gain is written as a ratio."""
@@ -226,7 +224,7 @@ def recommend(
     winner = _arm(finding.winner, rows, "candidate", objective)
     gain = _gain(baseline, winner, objective)
     verdict = _verdict(finding, gain, winner, experiment)
-    deployed = _deployed(verdict, finding)
+    deployed = deployed_row(verdict, finding)
     base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
     return Recommendation(
         study=experiment.name,
@@ -389,7 +387,7 @@ def _one_side(gain: GainOut, *, better: bool) -> bool:
     return gain.lo > 1 if better == (gain.direction == "maximize") else gain.hi < 1
 
 
-def _deployed(verdict: Verdict, finding: Finding) -> TrialRow | None:
+def deployed_row(verdict: Verdict, finding: Finding) -> TrialRow | None:
     """What to deploy: a winner that fresh starts do not confirm does not displace a baseline that works."""
     keeps_baseline = finding.baseline is not None and usable(finding.baseline)
     if verdict in ("inconclusive", "baseline_best") and keeps_baseline:
@@ -522,42 +520,6 @@ def _kept_up_text(finding: Finding, gain: GainOut | None) -> str:
 def has_random_weights(flags: Mapping[str, JsonValue]) -> bool:
     """The model's weights are made up by vLLM."""
     return flags.get("load_format") == "dummy"
-
-
-def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
-    """Writes `start_vllm.sh` (baseline) and `start_vllm_optimized.sh` (another winner); returns the one to deploy."""
-    answer = recommend(rows, experiment)
-    finding = find(rows, experiment)
-    directory.mkdir(parents=True, exist_ok=True)
-    paths: dict[str, str] = {}
-    for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", finding.winner)):
-        path = directory / name
-        if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
-            path.unlink(missing_ok=True)  # of an earlier answer
-            continue
-        config = ServingConfig(experiment.model, experiment.revision, _flags(row))
-        script = config.start_script(
-            python=server_python(experiment),
-            vllm_version=row.engine_version,
-            comments=_script_comments(answer, row, experiment),
-            env=experiment.server.env,
-        )
-        path.write_text(script)
-        path.chmod(0o755)
-        paths[row.config_hash] = str(path)
-    deployed = _deployed(answer.verdict, finding)
-    return paths.get(deployed.config_hash) if deployed else None
-
-
-def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experiment) -> list[str]:
-    role = "baseline" if row.purpose == "baseline" else f"trial {row.number}: {answer.headline}"
-    lines = [
-        f"varcas study {experiment.name}, {role}",
-        f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; {experiment.workload.described}",
-    ]
-    if has_random_weights(_flags(row)):
-        lines.append(RANDOM_WEIGHTS)
-    return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
 
 
 def as_text(answer: Recommendation, again: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.export import Deployment, recommended, trial_deployment
 from varcas.pruner import is_pruned
-from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
-from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
+from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, RequestRecord, Sample, TrialRow
+from varcas.report import DASH_NOTE, Recommendation, as_text, limit_text, limits_of, recommend
 from varcas.store import Store
 
 if TYPE_CHECKING:
@@ -86,13 +88,36 @@ class Results:
     def recommend(self, study: str | None = None) -> Recommendation:
         """What to deploy, from the rows in the store."""
         name = self._named(study)
-        scripts = self.path / "studies" / name
+        scripts = self.directory_of(name)
         saved = self._store.study(name) or {}
         ended, ruled_out = saved.get("ended"), saved.get("ruled_out")
         answer = recommend(self._store.rows(name), self.experiment(name), ended=ended, ruled_out=ruled_out)
         file = "start_vllm_optimized.sh" if answer.changes else "start_vllm.sh"
         found = str(scripts / file) if (scripts / file).exists() and answer.deploy is not None else None
         return answer.model_copy(update={"script": found})
+
+    def requests(self, row: TrialRow) -> list[RequestRecord]:
+        """Every request of a trial, as recorded."""
+        return self._store.requests(row.trial_id)
+
+    def samples(self, row: TrialRow) -> list[Sample]:
+        """Every look at the server and the GPU of a trial."""
+        return self._store.samples(row.trial_id)
+
+    def directory_of(self, study: str) -> Path:
+        """Where a study's scripts and reports are."""
+        return self.path / "studies" / study
+
+    def deployment(self, study: str | None = None, trial: int | None = None) -> Deployment | None:
+        """What to deploy, or one trial's configuration; None when nothing can be deployed.
+
+        Raises:
+            InputError: no such study or trial.
+        """
+        name = self._named(study)
+        if trial is not None:
+            return trial_deployment(self.trial(trial, name), self.experiment(name))
+        return recommended(self._store.rows(name), self.experiment(name))
 
     def sql(self, query: str) -> pa.Table:
         """Runs DuckDB SQL over the views `trials`, `requests` and `samples`.
@@ -108,10 +133,17 @@ class Results:
         Raises:
             InputError: optuna-dashboard is not installed.
         """
-        from varcas.study import dashboard_server
+        from varcas.study import Beside, dashboard_server
 
         name = self._named(study)
-        return dashboard_server(self.experiment(name), lambda: self._store.rows(name), port)
+
+        def beside() -> Beside:
+            found = sorted(self.directory_of(name).rglob("*"))
+            return Beside(
+                html.escape(as_text(self.recommend(name)), quote=False), tuple(path for path in found if path.is_file())
+            )
+
+        return dashboard_server(self.experiment(name), lambda: self._store.rows(name), port, beside)
 
     def _named(self, study: str | None) -> str:
         names = self.studies()

@@ -65,14 +65,19 @@ class ServingConfig:
         """
         return math.prod(_gpus_of(flag, self.flags.get(flag, 1)) for flag in PARALLEL_FLAGS)
 
-    def argv(self) -> list[str]:
-        """Arguments of the server, sorted by flag; without host, port and API key."""
-        return [word for words in self._arguments(self.model) for word in words]
+    def argv(self, *, placed: bool = False) -> list[str]:
+        """Arguments of the server, sorted by flag; without host, port and API key. `placed`: good in any directory."""
+        model = self.placed_model() if placed else self.model
+        return [word for words in self._arguments(model) for word in words]
+
+    def placed_model(self) -> str:
+        """A model directory as a path that holds in any directory; a hub id as it is."""
+        path = Path(self.model).expanduser()
+        return str(path.resolve()) if path.is_dir() else self.model
 
     def command(self, python: str, env: Mapping[str, str] | None = None) -> str:
         """The shell command that starts this server with `python` and `env`, from any directory."""
-        words = [word for words in self._arguments(_placed(self.model)) for word in words]
-        return " ".join([*_assignments(env or {}), shlex.join([python, "-m", SERVER_MODULE, *words])])
+        return " ".join([*_assignments(env or {}), shlex.join([python, "-m", SERVER_MODULE, *self.argv(placed=True)])])
 
     def start_script(
         self,
@@ -81,6 +86,7 @@ class ServingConfig:
         port: int = 8000,
         comments: Iterable[str] = (),
         env: Mapping[str, str] | None = None,
+        notice: str | None = None,
     ) -> str:
         """A bash script that starts this server. It holds no secret: vLLM reads VLLM_API_KEY from the environment.
 
@@ -90,10 +96,11 @@ class ServingConfig:
             port: default of SERVE_PORT.
             comments: lines for its head.
             env: environment variables that the server was measured with.
+            notice: what it says on stderr before it starts.
         """
         notes = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
         exports = [f"export {assignment}" for assignment in _assignments(env or {})]
-        arguments = [f"  {shlex.join(words)}" for words in self._arguments(_placed(self.model))]
+        arguments = [f"  {shlex.join(words)}" for words in self._arguments(self.placed_model())]
         wanted = f"vLLM {vllm_version}" if vllm_version else "vLLM"
         return "\n".join(
             [
@@ -102,6 +109,7 @@ class ServingConfig:
                 "# From the environment: SERVE_HOST, SERVE_PORT, PYTHON, VLLM_API_KEY (clients must then send it).",
                 "# Further arguments of this script go to the server.",
                 "set -euo pipefail",
+                *([f"echo {shlex.quote(notice)} >&2"] if notice else []),
                 "",
                 f"python={shlex.quote(python)}",
                 'python="${PYTHON:-$python}"',
@@ -128,12 +136,6 @@ class ServingConfig:
 def server_python(experiment: Experiment) -> str:
     """Absolute path of the Python that starts the servers; not resolved: a virtual environment's is a link."""
     return os.path.abspath(os.path.expanduser(experiment.server.python or sys.executable))
-
-
-def _placed(model: str) -> str:
-    """A model directory as a path that holds in any directory; a hub id as it is."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
 
 
 def _assignments(env: Mapping[str, str]) -> list[str]:

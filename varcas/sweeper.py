@@ -21,13 +21,14 @@ from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment
+from varcas.export import write_scripts
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
-from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
+from varcas.report import Recommendation, confirmations, described, find, recommend
 from varcas.rules import Site
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store

@@ -1,0 +1,261 @@
+"""The report as people open it: in a real browser, wide, on a phone, in the dark, on paper, by keyboard, without scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from markdown_it import MarkdownIt
+
+from tests.browsing import chromium, opened, violations
+from tests.studies import experiment, write_study
+from varcas.errors import InputError
+from varcas.experiment import load_experiment, parse_experiment
+from varcas.page import experiment_yaml, figure, write_report
+from varcas.results import Results
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+NUM_TRIALS = 1000
+MOST_BYTES = 5_000_000
+OPENS_MS = 2000
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></style>`|{{7*7}}"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("big"), NUM_TRIALS)
+
+
+@pytest.fixture(scope="module")
+def written(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    html, markdown = write_report(Results(results), None, tmp_path_factory.mktemp("report"))[:2]
+    return html, markdown
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose every text is hostile, and simulated."""
+    directory = tmp_path_factory.mktemp("evil")
+    of = experiment(model=json.dumps(EVIL), serve=json.dumps({"dtype": EVIL}))
+    path = write_study(directory, 40, of, simulated=True, host=EVIL, driver_version=EVIL, engine_version=EVIL,
+                       warnings=[EVIL], gpu_name=EVIL)  # fmt: skip
+    return write_report(Results(path), None, directory / "report")[0]
+
+
+# what is on it
+
+
+def test_a_thousand_trials_are_one_small_file(written: tuple[Path, Path]) -> None:
+    assert written[0].stat().st_size < MOST_BYTES
+    text = written[0].read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!#|data:,)""", text), "nothing is fetched"
+    assert 'http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;' in text
+
+
+def test_the_recommendation_comes_first_and_every_part_is_there(written: tuple[Path, Path]) -> None:
+    text = written[0].read_text()
+    order = ["<h1>", "Deploy these flags", "max_num_seqs = 128", "95 % interval", 'id="confirmation"', 'id="progression"',
+             'id="trade-off"', 'id="trials"', 'id="importance"', 'id="batch-size"', 'id="latency"', 'id="time"',
+             'id="roofline"', 'id="failures"', 'id="pruned"', 'id="method"', 'id="reproduce"', "experiment.yaml"]  # fmt: skip
+    places = [text.index(words) for words in order]
+    assert places == sorted(places)
+    for words in ("CUDA out of memory", "cache_type_without_units", "Resolved settings", "varcas sweep", "DEPLOY"):
+        assert words in text, words
+
+
+def test_it_is_written_in_seconds(results: Path, tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    write_report(Results(results), None, tmp_path)
+    assert time.monotonic() - began_s < 30
+
+
+def test_a_directory_that_cannot_be_written_is_said(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="--output"):
+        write_report(Results(results), None, tmp_path / "file")
+
+
+# in a browser
+
+
+def test_it_opens_fast_quietly_and_alone(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri()) as seen:
+        loaded_ms = seen.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        painted_ms = seen.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0")
+        assert max(loaded_ms, painted_ms) < OPENS_MS
+        assert seen.complaints == []
+        assert seen.requests == [written[0].as_uri()]
+
+
+def test_every_figure_has_its_numbers_as_a_table(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri()) as seen:
+        figures = seen.page.locator("figure")
+        assert figures.count() >= 8
+        for one in figures.all():
+            assert one.locator("svg").count() >= 1
+            assert len(one.locator("[role=img]").first.get_attribute("aria-label") or "") > 20
+            assert one.locator("table tbody tr").count() >= 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("where", ["desk", "phone"])
+def test_screen_readers_and_contrast(browser: Browser, small: Path, scheme: str, where: str) -> None:
+    with opened(browser, small.as_uri(), color_scheme=scheme, **(PHONE if where == "phone" else {})) as seen:
+        seen.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert violations(seen.page) == []
+
+
+def test_a_phone_scrolls_one_way(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri(), **PHONE) as seen:
+        assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert seen.page.locator(".plot.narrow svg").first.is_visible()
+        assert not seen.page.locator(".plot.wide.has-narrow").first.is_visible()
+        sizes = seen.page.evaluate(
+            "[...document.querySelectorAll('.plot.narrow svg')].map(s => s.getBoundingClientRect().width / s.dataset.width)"
+        )
+        assert min(sizes) > 0.85, "text in figures is as large as it was drawn"
+
+
+def test_keyboard(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri()) as seen:
+        page = seen.page
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.id") == "main"
+        page.locator("details:has(table.many) > summary").last.press("Enter")
+        head = page.locator("section:has(#trials) details table.many th button", has_text="output_tokens_per_s")
+        head.press("Enter")
+        head.press("Enter")
+        assert page.locator("section:has(#trials) th[aria-sort=descending]").count() == 1
+        first, second = (
+            float(
+                page.locator("section:has(#trials) details table.many tbody tr")
+                .nth(i)
+                .locator("td")
+                .nth(3)
+                .inner_text()
+            )
+            for i in (0, 1)
+        )
+        assert first >= second
+        page.locator("section:has(#trials) .filter").last.fill("max_num_seqs=128")
+        shown = page.locator("section:has(#trials) details table.many tbody tr:visible")
+        assert 0 < shown.count() < NUM_TRIALS / 4
+        assert all("max_num_seqs=128" in text for text in shown.all_inner_texts())
+
+
+def test_a_mark_says_what_it_is_and_leads_to_its_trial(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri(), viewport={"width": 1200, "height": 900}) as seen:
+        mark = seen.page.locator("section:has(#trade-off) .wide svg [aria-label^='trial ']").last
+        mark.scroll_into_view_if_needed()
+        mark.hover(force=True)
+        label = mark.get_attribute("aria-label") or ""
+        assert seen.page.locator("#tip").inner_text() == label
+        mark.click(force=True)
+        number = label.split(":")[0].removeprefix("trial ")
+        assert seen.page.url.endswith(f"#t{number}")
+        assert seen.page.locator(f"#t{number}").is_visible()
+
+
+def test_without_scripts_nothing_is_missing(browser: Browser, written: tuple[Path, Path]) -> None:
+    with opened(browser, written[0].as_uri(), java_script_enabled=False) as seen:
+        assert seen.page.locator("h1").inner_text().endswith(".")
+        assert seen.page.locator("figure svg").first.is_visible()
+        assert seen.page.locator("table tbody tr").count() > NUM_TRIALS
+        assert seen.page.locator("button, input").count() == 0
+
+
+def test_it_prints(browser: Browser, small: Path) -> None:
+    with opened(browser, small.as_uri(), color_scheme="dark") as seen:
+        seen.page.emulate_media(media="print", color_scheme="dark")
+        assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert not seen.page.locator("nav").is_visible()
+        assert len(seen.page.pdf(format="A4")) > 10_000
+
+
+# strangers' text
+
+
+def test_hostile_text_stays_text(browser: Browser, small: Path) -> None:
+    with opened(browser, small.as_uri()) as seen:
+        assert seen.complaints == []
+        assert seen.requests == [small.as_uri()]
+        assert seen.page.locator("script").count() == 1
+        assert seen.page.locator("img").count() == 0
+        assert EVIL in (seen.page.locator("body").text_content() or "")
+        assert "49" not in seen.page.locator(".from").inner_text()
+        harm = seen.page.evaluate("[...document.querySelectorAll('*')].filter(e => [...e.attributes].some("
+                                  "a => a.name.startsWith('on') || /javascript:/i.test(a.value))).length")  # fmt: skip
+        assert harm == 0
+
+
+def test_hostile_text_stays_text_in_markdown(small: Path) -> None:
+    text = small.with_name("report.md").read_text()
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or []]
+    assert [token.content for token in [*tokens, *inline] if token.type.startswith("html")] == []
+    assert [token for token in inline if token.type in ("image", "link_open")] == []
+    columns = [0]
+    for token in tokens:
+        columns = [*columns, 0] if token.type == "tr_open" else columns
+        columns[-1] += token.type in ("td_open", "th_open")
+    assert min(columns[1:]) >= 2, "no cell has broken a table"
+
+
+def test_what_was_simulated_says_so_everywhere(small: Path) -> None:
+    text = small.read_text()
+    assert 'class="banner"' in text
+    for part in re.findall(r"<(?:caption|figcaption|title)>(.*?)</", text):
+        assert part.endswith("(SIMULATED)"), part
+    for alt in re.findall(r'role="img" aria-label="(.*?)"', text):
+        assert alt.endswith("(SIMULATED)"), alt
+    assert text.count("SIMULATED: no server was measured") >= text.count("<svg") - text.count("only-wide")
+    assert "(SIMULATED)" in small.with_name("report.md").read_text().splitlines()[0]
+
+
+def test_no_password_is_on_the_page(tmp_path: Path) -> None:
+    of = experiment(study="{trials: 4, storage: 'postgresql://me:hunter2@db/optuna'}")
+    for path in write_report(Results(write_study(tmp_path, 4, of)), None, tmp_path / "report")[:2]:
+        assert "hunter2" not in path.read_text()
+
+
+# pieces
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_experiment_on_the_page_is_the_one_that_was_run(path: Path) -> None:
+    e = load_experiment(path)
+    assert parse_experiment(experiment_yaml(e)) == e
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (True, "yes"),
+        (12345, "12,345"),
+        (0.123456, "0.1235"),
+        (98765.4, "98,765"),
+        (6.5e13, "6.5e+13"),
+        ("a", "a"),
+    ],
+)
+def test_cells_are_readable(value: Any, text: str) -> None:
+    assert figure(value) == text
