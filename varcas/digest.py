@@ -26,7 +26,6 @@ from varcas.report import (
     Recommendation,
     confirmations,
     deployed_row,
-    described,
     difference,
     find,
     limit_text,
@@ -44,6 +43,8 @@ MOST_POINTS = 240
 """Of one line in a figure."""
 TABLE_POINTS = 40
 LEAST_BATCHES = 3
+MOSTLY = 0.8
+"""A latency that so much of the rows have stands against the objective rather than one that all have."""
 CDF_PERMILLE = (10, 50, 100, 250, 500, 750, 900, 950, 990, 1000)
 SHOWN_LATENCIES = {"ttft": "time to first token", "tpot": "time per output token", "e2e": "end to end"}
 
@@ -229,7 +230,7 @@ def facts(answer: Recommendation) -> Table:
     rows += [("flag to change", _change(name, new)) for name, new in answer.changes.items()]
     if answer.gain:
         rows += [("baseline, mean of fresh starts", answer.gain.baseline_mean)]
-        rows += [("recommended, mean of fresh starts", answer.gain.candidate_mean)]
+        rows += [("winner, mean of fresh starts", answer.gain.candidate_mean)]
     rows += [("SLO in the worst start", limit_text(limit)) for limit in answer.limits]
     return Table("The recommendation", ("what", "value"), tuple(rows))
 
@@ -392,7 +393,8 @@ def axes_of(e: Evidence) -> tuple[str, str]:
         return named[0], "output_tokens_per_s"
     others = [*e.experiment.slo, "ttft_p50_ms", "tpot_mean_ms", "e2e_mean_ms"]
     counts = {name: sum(getattr(row, name) is not None for row in e.rows) for name in others}
-    return next((name for name in others if counts[name] > 1), "tpot_mean_ms"), named[0]
+    most = max(counts.values())
+    return next(name for name in others if counts[name] >= MOSTLY * most), named[0]
 
 
 def front_of(rows: Sequence[TrialRow], x: str, y: str) -> set[str]:
@@ -617,7 +619,7 @@ def _batch(e: Evidence) -> Section | None:
     if not rows:
         return None
     columns = ("output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "goodput_rps")
-    columns = tuple(name for name in columns if any(getattr(row, name) is not None for row in rows))
+    columns = tuple(c for c in columns if sum(getattr(row, c) is not None for row in rows) >= LEAST_BATCHES)
     data = [
         {"max_num_seqs": json.loads(row.config_json)["max_num_seqs"], "trial": row.number, "metric": name, "value": found,
          "label": trial_label(row, e.objective)}

@@ -22,7 +22,7 @@ from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.records import TrialRow
 from varcas.report import RANDOM_WEIGHTS, Recommendation, deployed_row, find, has_random_weights, recommend
-from varcas.space import SERVER_MODULE, ServingConfig, server_python
+from varcas.space import SERVER_MODULE, ServingConfig, flag_word, server_python
 
 PORT = 8000
 SECRETS = ("HF_TOKEN", "VLLM_API_KEY")
@@ -333,7 +333,7 @@ def _is_option(word: str) -> bool:
 def _config_word(value: JsonValue) -> str | int | float:
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
         return value
-    return json.dumps(value, sort_keys=True)
+    return flag_word(value)
 
 
 def json_form(deployment: Deployment, options: Options) -> str:
@@ -468,7 +468,7 @@ def _what(row: TrialRow, answer: Recommendation) -> str:
 
 
 def image_of(deployment: Deployment) -> str:
-    """vLLM's image of the version that was measured."""
+    """The image of vLLM's own makers, of the version that was measured."""
     try:
         tag = f"v{Version(deployment.engine_version or '').base_version}"
     except InvalidVersion:

@@ -16,7 +16,6 @@ import socket
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml

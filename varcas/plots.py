@@ -18,12 +18,11 @@ from varcas.digest import Figure
 from varcas.pictures import FONT, VEGA_LITE, roofline_chart
 
 Rows = Sequence[dict[str, Any]]
-WIDE, NARROW = 640, 310
+WIDE, NARROW = 760, 310
 """Widths in pixels; the page shows the one that fits."""
 NARROW_AXES = 4
 INK, FAINT, GRID, ACCENT = "#1a1a1a", "#9a9a9a", "#e4e4e4", "#0b62a4"
 ROLES = ["baseline", "recommended", "winner"]
-ARM_DASH = [[6, 3], [1, 0], [2, 2]]
 SHORT_LABEL = 90
 
 
@@ -143,7 +142,9 @@ def starts(data: tuple[Rows, str], width: int) -> Any:
     y = alt.Y("arm:N", title=None, sort=["baseline", "winner"])
     fill = alt.condition("datum.arm == 'winner'", alt.value(ACCENT), alt.value("#ffffff"))
     marks = base.mark_point(size=90, stroke=INK, opacity=1, strokeWidth=1.2)
-    means = base.mark_tick(thickness=3, size=34, color=INK).encode(x=alt.X("mean(value):Q", title=metric), y=y)
+    means = base.mark_tick(thickness=3, size=34, color=INK).encode(
+        x=alt.X("mean(value):Q", title=metric, scale=alt.Scale(zero=False, padding=20)), y=y
+    )
     layers = alt.layer(marks.encode(x=x, y=y, fill=fill, description="label:N"), means)
     return _finished(layers.properties(width=width - 70, height=110))
 
@@ -154,9 +155,10 @@ def history(data: tuple[Rows, str], width: int) -> Any:
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(format="d", tickMinStep=1))
     y = alt.Y("value:Q", title=metric)
     base = _chart([row for row in rows if row["value"] is not None])
-    names = ["ok", "saturated", "misses the SLO"]
-    shape = alt.Shape("outcome:N", title=None, scale=alt.Scale(domain=names, range=["circle", "circle", "cross"]))
-    fill = alt.Fill("outcome:N", title=None, scale=alt.Scale(domain=names, range=[FAINT, "#ffffff", FAINT]))
+    looks = {"ok": ("circle", FAINT), "saturated": ("circle", "#ffffff"), "misses the SLO": ("cross", FAINT)}
+    names = [name for name in looks if any(row["outcome"] == name for row in rows)]
+    shape = alt.Shape("outcome:N", title=None, scale=alt.Scale(domain=names, range=[looks[name][0] for name in names]))
+    fill = alt.Fill("outcome:N", title=None, scale=alt.Scale(domain=names, range=[looks[name][1] for name in names]))
     marks = base.mark_point(size=34, stroke=INK, strokeWidth=0.7, opacity=1)
     step = _chart([row for row in rows if row["best"] is not None]).mark_line(
         interpolate="step-after", color=ACCENT, strokeWidth=2
@@ -242,10 +244,15 @@ def importance(data: Rows, width: int) -> Any:
 
 def batch(data: Rows, width: int) -> Any:
     """A panel a metric over `max_num_seqs`, by doublings."""
-    panels = []
+    seqs = [row["max_num_seqs"] for row in data]
+    panels, span = [], [min(seqs), max(seqs)]
     for name in dict.fromkeys(row["metric"] for row in data):
         base = _chart([row for row in data if row["metric"] == name]).encode(
-            x=alt.X("max_num_seqs:Q", scale=alt.Scale(type="log", base=2), axis=alt.Axis(format="d")),
+            x=alt.X(
+                "max_num_seqs:Q",
+                scale=alt.Scale(type="log", base=2, domain=span, nice=False),
+                axis=alt.Axis(format="d"),
+            ),
             y=alt.Y("value:Q", title=name),
         )
         points = base.mark_point(filled=True, size=60, color=ACCENT, opacity=1).encode(description="label:N")
@@ -258,8 +265,8 @@ def batch(data: Rows, width: int) -> Any:
 def cdf(data: Rows, width: int) -> Any:
     """A panel a latency: the share of requests that waited at most so long."""
     arms = list(dict.fromkeys(row["arm"] for row in data))
-    colours = [ACCENT if arm == "recommended" else INK for arm in arms]
-    dashes = [ARM_DASH[ROLES.index(arm)] for arm in arms]
+    colours = [INK if arm == "baseline" else ACCENT for arm in arms]
+    dashes = [[6, 3] if arm == "baseline" else [1, 0] if arm == arms[-1] else [2, 2] for arm in arms]
     panels = []
     for name in dict.fromkeys(row["latency"] for row in data):
         base = _chart([row for row in data if row["latency"] == name])

@@ -147,12 +147,13 @@ def _words(flag: str, value: JsonValue) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):
-        return [f"--{name}", *map(_word, value)]
-    word = _word(value)
+        return [f"--{name}", *map(flag_word, value)]
+    word = flag_word(value)
     return [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
 
 
-def _word(value: JsonValue) -> str:
+def flag_word(value: JsonValue) -> str:
+    """A flag's value as a word of a command line: text as it is, all else as JSON."""
     return value if isinstance(value, str) else _text(value)
 
 
