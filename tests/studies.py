@@ -8,6 +8,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.rows import row
 from varcas.experiment import Experiment, parse_experiment
 from varcas.metrics import constraints_of, summarise
@@ -75,7 +77,8 @@ def write_study(directory: Path, num_trials: int, of: Experiment | None = None, 
     e, draw = of or experiment(), random.Random(0)
     space = {name: entry.choices for name, entry in e.space.items()}  # type: ignore[union-attr]
     proposals = itertools.islice(itertools.cycle(itertools.product(*space.values())), num_trials)
-    with Store(directory / "results") as store:
+    with pytest.MonkeyPatch.context() as patch, Store(directory / "results") as store:
+        patch.setattr("varcas.store.os.fsync", lambda descriptor: None)  # nobody pulls the plug on a test
         numbers = itertools.count()
         _measured(store, e, next(numbers), {}, 120.0, draw, purpose="baseline", **columns)
         for values in proposals:

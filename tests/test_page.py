@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ from tests.browsing import chromium, opened, violations
 from tests.studies import experiment, write_study
 from varcas.errors import InputError
 from varcas.experiment import load_experiment, parse_experiment
-from varcas.page import experiment_yaml, figure, write_report
+from varcas.digest import digest
+from varcas.page import experiment_yaml, figure, gather, markdown, write_report
 from varcas.results import Results
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 NUM_TRIALS = 1000
 MOST_BYTES = 5_000_000
 OPENS_MS = 2000
+MOST_CPU_S = 15.0
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></style>`|{{7*7}}"
 
@@ -40,10 +43,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_study(tmp_path_factory.mktemp("big"), NUM_TRIALS)
 
 
+@dataclass(frozen=True)
+class Written:
+    html: Path
+    markdown: Path
+    plots: list[Path]
+    cpu_s: float
+
+
 @pytest.fixture(scope="module")
-def written(results: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    html, markdown = write_report(Results(results), None, tmp_path_factory.mktemp("report"))[:2]
-    return html, markdown
+def written(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    began_s = time.process_time()
+    html, text, *plots = write_report(Results(results), None, tmp_path_factory.mktemp("report"))
+    return Written(html, text, plots, time.process_time() - began_s)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +71,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # what is on it
 
 
-def test_a_thousand_trials_are_one_small_file(written: tuple[Path, Path]) -> None:
-    assert written[0].stat().st_size < MOST_BYTES
-    text = written[0].read_text()
+def test_a_thousand_trials_are_one_small_file(written: Written) -> None:
+    assert written.html.stat().st_size < MOST_BYTES
+    text = written.html.read_text()
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:,)""", text), "nothing is fetched"
     assert 'http-equiv="Content-Security-Policy" content="default-src &#39;none&#39;;' in text
 
 
-def test_the_recommendation_comes_first_and_every_part_is_there(written: tuple[Path, Path]) -> None:
-    text = written[0].read_text()
-    order = ["<h1>", "Deploy these flags", "max_num_seqs = 128", "95 % interval", 'id="confirmation"', 'id="progression"',
+def test_the_recommendation_comes_first_and_every_part_is_there(written: Written) -> None:
+    text = written.html.read_text()
+    order = ["<h1>", "95 % interval", "Deploy these flags", "max_num_seqs = 128", 'id="confirmation"', 'id="progression"',
              'id="trade-off"', 'id="trials"', 'id="importance"', 'id="batch-size"', 'id="latency"', 'id="time"',
              'id="roofline"', 'id="failures"', 'id="pruned"', 'id="method"', 'id="reproduce"', "experiment.yaml"]  # fmt: skip
     places = [text.index(words) for words in order]
@@ -77,32 +89,33 @@ def test_the_recommendation_comes_first_and_every_part_is_there(written: tuple[P
         assert words in text, words
 
 
-def test_it_is_written_in_seconds(results: Path, tmp_path: Path) -> None:
-    began_s = time.monotonic()
-    write_report(Results(results), None, tmp_path)
-    assert time.monotonic() - began_s < 30
+def test_it_is_written_in_seconds(written: Written) -> None:
+    assert written.cpu_s < MOST_CPU_S
+    assert {"confirmation.svg", "latency.svg", "roofline.svg"} <= {path.name for path in written.plots}
+    assert all(path.read_text().startswith("<svg") for path in written.plots)
 
 
-def test_a_directory_that_cannot_be_written_is_said(results: Path, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    results = Results(write_study(tmp_path, 2))
     with pytest.raises(InputError, match="--output"):
-        write_report(Results(results), None, tmp_path / "file")
+        write_report(results, None, tmp_path / "file")
 
 
 # in a browser
 
 
-def test_it_opens_fast_quietly_and_alone(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri()) as seen:
+def test_it_opens_fast_quietly_and_alone(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri()) as seen:
         loaded_ms = seen.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
         painted_ms = seen.page.evaluate("performance.getEntriesByName('first-contentful-paint')[0]?.startTime ?? 0")
         assert max(loaded_ms, painted_ms) < OPENS_MS
         assert seen.complaints == []
-        assert seen.requests == [written[0].as_uri()]
+        assert seen.requests == [written.html.as_uri()]
 
 
-def test_every_figure_has_its_numbers_as_a_table(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri()) as seen:
+def test_every_figure_has_its_numbers_as_a_table(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri()) as seen:
         figures = seen.page.locator("figure")
         assert figures.count() >= 8
         for one in figures.all():
@@ -119,8 +132,8 @@ def test_screen_readers_and_contrast(browser: Browser, small: Path, scheme: str,
         assert violations(seen.page) == []
 
 
-def test_a_phone_scrolls_one_way(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri(), **PHONE) as seen:
+def test_a_phone_scrolls_one_way(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri(), **PHONE) as seen:
         assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert seen.page.locator(".plot.narrow svg").first.is_visible()
         assert not seen.page.locator(".plot.wide.has-narrow").first.is_visible()
@@ -130,37 +143,33 @@ def test_a_phone_scrolls_one_way(browser: Browser, written: tuple[Path, Path]) -
         assert min(sizes) > 0.85, "text in figures is as large as it was drawn"
 
 
-def test_keyboard(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri()) as seen:
+def test_keyboard(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri()) as seen:
         page = seen.page
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.textContent") == "Skip to the report"
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.id") == "main"
-        page.locator("details:has(table.many) > summary").last.press("Enter")
-        head = page.locator("section:has(#trials) details table.many th button", has_text="output_tokens_per_s")
+        page.locator("section:has(#trials) > details > summary").press("Enter")
+        head = page.locator("section:has(#trials) > details table th button", has_text="output_tokens_per_s")
         head.press("Enter")
         head.press("Enter")
         assert page.locator("section:has(#trials) th[aria-sort=descending]").count() == 1
         first, second = (
             float(
-                page.locator("section:has(#trials) details table.many tbody tr")
-                .nth(i)
-                .locator("td")
-                .nth(3)
-                .inner_text()
+                page.locator("section:has(#trials) > details table tbody tr").nth(i).locator("td").nth(3).inner_text()
             )
             for i in (0, 1)
         )
         assert first >= second
         page.locator("section:has(#trials) .filter").last.fill("max_num_seqs=128")
-        shown = page.locator("section:has(#trials) details table.many tbody tr:visible")
+        shown = page.locator("section:has(#trials) > details table tbody tr:visible")
         assert 0 < shown.count() < NUM_TRIALS / 4
         assert all("max_num_seqs=128" in text for text in shown.all_inner_texts())
 
 
-def test_a_mark_says_what_it_is_and_leads_to_its_trial(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri(), viewport={"width": 1200, "height": 900}) as seen:
+def test_a_mark_says_what_it_is_and_leads_to_its_trial(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri(), viewport={"width": 1200, "height": 900}) as seen:
         mark = seen.page.locator("section:has(#trade-off) .wide svg [aria-label^='trial ']").last
         mark.scroll_into_view_if_needed()
         mark.hover(force=True)
@@ -172,8 +181,8 @@ def test_a_mark_says_what_it_is_and_leads_to_its_trial(browser: Browser, written
         assert seen.page.locator(f"#t{number}").is_visible()
 
 
-def test_without_scripts_nothing_is_missing(browser: Browser, written: tuple[Path, Path]) -> None:
-    with opened(browser, written[0].as_uri(), java_script_enabled=False) as seen:
+def test_without_scripts_nothing_is_missing(browser: Browser, written: Written) -> None:
+    with opened(browser, written.html.as_uri(), java_script_enabled=False) as seen:
         assert seen.page.locator("h1").inner_text().endswith(".")
         assert seen.page.locator("figure svg").first.is_visible()
         assert seen.page.locator("table tbody tr").count() > NUM_TRIALS
@@ -230,8 +239,10 @@ def test_what_was_simulated_says_so_everywhere(small: Path) -> None:
 
 def test_no_password_is_on_the_page(tmp_path: Path) -> None:
     of = experiment(study="{trials: 4, storage: 'postgresql://me:hunter2@db/optuna'}")
-    for path in write_report(Results(write_study(tmp_path, 4, of)), None, tmp_path / "report")[:2]:
-        assert "hunter2" not in path.read_text()
+    evidence = gather(Results(write_study(tmp_path, 4, of)), None)
+    sections = digest(evidence)
+    assert "postgresql://[redacted]@db/optuna" in markdown(evidence, sections)
+    assert "hunter2" not in repr(sections)
 
 
 # pieces
@@ -242,7 +253,7 @@ def test_no_password_is_on_the_page(tmp_path: Path) -> None:
 )
 def test_the_experiment_on_the_page_is_the_one_that_was_run(path: Path) -> None:
     e = load_experiment(path)
-    assert parse_experiment(experiment_yaml(e)) == e
+    assert parse_experiment(experiment_yaml(e)).model_dump() == e.model_dump()
 
 
 @pytest.mark.parametrize(

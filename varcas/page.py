@@ -7,13 +7,14 @@ run but the one that it holds, and nothing be fetched.
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import html
 import json
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -49,19 +50,33 @@ def write_report(opened: Results, study: str | None = None, directory: Path | No
     Raises:
         InputError: no such study, or a directory that cannot be written.
     """
-    evidence = gather(opened, study)
-    to = directory or opened.directory_of(evidence.experiment.name)
+    name = opened.experiment(study).name
+    to = directory or opened.directory_of(name)
+    with _writing(to):
+        (to / PLOTS).mkdir(parents=True, exist_ok=True)
+    texts = _texts(gather(opened, name))
+    with _writing(to):
+        for file, text in texts.items():
+            (to / file).write_text(text, encoding="utf-8")
+    return [to / file for file in texts]
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--output: {directory}: cannot be written ({error.strerror}). Give another directory."
+        ) from error
+
+
+def _texts(evidence: Evidence) -> dict[str, str]:
+    """Every file of the report by its name."""
     sections = digest(evidence)
     drawings = _drawings(sections, evidence.answer.simulated)
     texts = {HTML_NAME: page(evidence, sections, drawings), MARKDOWN_NAME: markdown(evidence, sections)}
-    texts |= {f"{PLOTS}/{name}.svg": drawn.plain for name, drawn in drawings.items()}
-    try:
-        (to / PLOTS).mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            (to / name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output: {to}: cannot be written ({error.strerror}). Give another directory.") from error
-    return [to / name for name in texts]
+    return texts | {f"{PLOTS}/{name}.svg": drawn.plain for name, drawn in drawings.items()}
 
 
 def gather(opened: Results, study: str | None) -> Evidence:

@@ -15,6 +15,7 @@ import altair as alt
 import vl_convert
 
 from varcas.digest import Figure
+from varcas.export import SIMULATED
 from varcas.pictures import FONT, VEGA_LITE, roofline_chart
 
 Rows = Sequence[dict[str, Any]]
@@ -49,16 +50,18 @@ def draw(figure: Figure, name: str, *, simulated: bool = False) -> Drawn:
         name: makes the ids within the SVG unique on its page.
         simulated: some of its numbers were not measured.
     """
-    chart = CHARTS[figure.kind]
-    wide = _svg(chart(figure.data, WIDE), simulated)
-    narrow = None if chart is roofline else themed(_svg(chart(figure.data, NARROW), simulated), f"{name}n")
+    wide = _svg(figure, WIDE, simulated)
+    narrow = None if figure.kind in FIXED else themed(_svg(figure, NARROW, simulated), f"{name}n")
     return Drawn(themed(wide, name), narrow, _on_white(wide))
 
 
-def _svg(chart: Any, simulated: bool) -> str:
+def _svg(figure: Figure, width: int, simulated: bool) -> str:
+    held = Held()
+    chart = CHARTS[figure.kind](figure.data, width, held)
     if simulated and chart.title is alt.Undefined:
-        chart = chart.properties(title="SIMULATED: no server was measured")
+        chart = chart.properties(title=SIMULATED)
     spec = chart.to_dict(validate=False)
+    spec["datasets"] = spec.get("datasets", {}) | held.datasets
     drawn: str = vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
     return drawn
 
@@ -117,8 +120,17 @@ def dark_shades() -> dict[str, str]:
 # ---- charts
 
 
-def _chart(rows: Rows) -> alt.Chart:
-    return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
+class Held:
+    """The data of one figure, beside its charts: Altair copies what stands within them at every step."""
+
+    def __init__(self) -> None:
+        self.datasets: dict[str, list[dict[str, Any]]] = {}
+
+    def chart(self, rows: Rows) -> alt.Chart:
+        """A chart of these rows."""
+        name = f"d{len(self.datasets)}"
+        self.datasets[name] = list(rows)
+        return alt.Chart(alt.NamedData(name=name))  # type: ignore[no-untyped-call]
 
 
 def _finished(chart: Any) -> Any:
@@ -134,10 +146,10 @@ def _finished(chart: Any) -> Any:
     )
 
 
-def starts(data: tuple[Rows, str], width: int) -> Any:
+def starts(data: tuple[Rows, str], width: int, held: Held) -> Any:
     """One mark a fresh start, one thick line at each arm's mean."""
     rows, metric = data
-    base = _chart([row | {"label": f"{row['arm']}, start {row['start']}: {row['value']:.4g}"} for row in rows])
+    base = held.chart([row | {"label": f"{row['arm']}, start {row['start']}: {row['value']:.4g}"} for row in rows])
     x = alt.X("value:Q", title=metric, scale=alt.Scale(zero=False, padding=20))
     y = alt.Y("arm:N", title=None, sort=["baseline", "winner"])
     fill = alt.condition("datum.arm == 'winner'", alt.value(ACCENT), alt.value("#ffffff"))
@@ -149,18 +161,18 @@ def starts(data: tuple[Rows, str], width: int) -> Any:
     return _finished(layers.properties(width=width - 70, height=110))
 
 
-def history(data: tuple[Rows, str], width: int) -> Any:
+def history(data: tuple[Rows, str], width: int, held: Held) -> Any:
     """The objective of each trial, and the best so far as a line of steps."""
     rows, metric = data
     x = alt.X("trial:Q", title="trial", axis=alt.Axis(format="d", tickMinStep=1))
     y = alt.Y("value:Q", title=metric)
-    base = _chart([row for row in rows if row["value"] is not None])
+    base = held.chart([row for row in rows if row["value"] is not None])
     looks = {"ok": ("circle", FAINT), "saturated": ("circle", "#ffffff"), "misses the SLO": ("cross", FAINT)}
     names = [name for name in looks if any(row["outcome"] == name for row in rows)]
     shape = alt.Shape("outcome:N", title=None, scale=alt.Scale(domain=names, range=[looks[name][0] for name in names]))
     fill = alt.Fill("outcome:N", title=None, scale=alt.Scale(domain=names, range=[looks[name][1] for name in names]))
     marks = base.mark_point(size=34, stroke=INK, strokeWidth=0.7, opacity=1)
-    step = _chart([row for row in rows if row["best"] is not None]).mark_line(
+    step = held.chart([row for row in rows if row["best"] is not None]).mark_line(
         interpolate="step-after", color=ACCENT, strokeWidth=2
     )
     layers = alt.layer(
@@ -170,7 +182,7 @@ def history(data: tuple[Rows, str], width: int) -> Any:
     return _finished(layers.properties(width=width - 60, height=220))
 
 
-def front(data: tuple[Rows, str, str], width: int) -> Any:
+def front(data: tuple[Rows, str, str], width: int, held: Held) -> Any:
     """Configurations by two metrics; what nothing beats is joined."""
     rows, x_name, y_name = data
     x = alt.X("x:Q", title=x_name, scale=alt.Scale(zero=False, nice=True))
@@ -179,12 +191,12 @@ def front(data: tuple[Rows, str, str], width: int) -> Any:
     named = [row for row in rows if row["role"]]
     tones = [row | {"tone": "#ffffff" if row["saturated"] else INK if row["front"] else FAINT} for row in others]
     marks = (
-        _chart(tones)
+        held.chart(tones)
         .mark_circle(size=40, stroke=INK, strokeWidth=0.6, opacity=1)
         .encode(x=x, y=y, fill=alt.Fill("tone:N", scale=None), description="label:N")
     )
-    line = _chart([row for row in rows if row["front"]]).mark_line(color=INK, strokeWidth=1.2, strokeDash=[4, 3])
-    roles = _chart(named).encode(x=x, y=y)
+    line = held.chart([row for row in rows if row["front"]]).mark_line(color=INK, strokeWidth=1.2, strokeDash=[4, 3])
+    roles = held.chart(named).encode(x=x, y=y)
     domain = [role for role in ROLES if any(row["role"] == role for row in named)]
     shapes = {"baseline": "square", "recommended": "diamond", "winner": "triangle-up"}
     shape = alt.Shape(
@@ -200,7 +212,7 @@ def front(data: tuple[Rows, str, str], width: int) -> Any:
     return _finished(layers.properties(width=width - 60, height=max(240, width // 2)))
 
 
-def parallel(data: tuple[Rows, Rows, list[str]], width: int) -> Any:
+def parallel(data: tuple[Rows, Rows, list[str]], width: int, held: Held) -> Any:
     """A line a configuration over the flags and the objective."""
     lines, ticks, axes = data
     metric = axes[-1]
@@ -214,24 +226,24 @@ def parallel(data: tuple[Rows, Rows, list[str]], width: int) -> Any:
     room = (width - 40) / max(len(shown), 1)
 
     def strokes(rows: Rows, **mark: Any) -> Any:
-        return _chart(rows).mark_line(**mark).encode(x=x, y=y, detail="trial:N", description="label:N")
+        return held.chart(rows).mark_line(**mark).encode(x=x, y=y, detail="trial:N", description="label:N")
 
-    rules = _chart([{"axis": axis} for axis in shown]).mark_rule(color=FAINT).encode(x=x)
+    rules = held.chart([{"axis": axis} for axis in shown]).mark_rule(color=FAINT).encode(x=x)
     plain = strokes([r for r in points if not r["role"]], strokeWidth=1, opacity=max(0.12, min(0.8, 40 / max(many, 1))))
     shade_of = alt.Color("best:Q", legend=None, scale=alt.Scale(domain=[0, 1], range=["#c8c8c8", INK]))
     base = strokes([r for r in points if r["role"] == "baseline"], strokeWidth=2.2, color=INK, strokeDash=[6, 3])
     best = strokes([r for r in points if r["role"] not in ("", "baseline")], strokeWidth=3, color=ACCENT)
-    labels = _chart(texts).encode(x=x, y=y, text="text:N")
+    labels = held.chart(texts).encode(x=x, y=y, text="text:N")
     halo = labels.mark_text(fontSize=10, align="left", dx=4, limit=room - 6, stroke="#ffffff", strokeWidth=3)
     words = labels.mark_text(fontSize=10, align="left", dx=4, limit=room - 6, color=INK)
     layers = alt.layer(rules, plain.encode(color=shade_of), base, best, halo, words)
     return _finished(layers.properties(width=width - 20, height=280))
 
 
-def importance(data: Rows, width: int) -> Any:
+def importance(data: Rows, width: int, held: Held) -> Any:
     """A bar a flag."""
     rows = [row | {"words": f"{row['share']:.0%}"} for row in data]
-    base = _chart(rows).encode(
+    base = held.chart(rows).encode(
         y=alt.Y("flag:N", sort=None, title=None, axis=alt.Axis(labelLimit=width // 2, ticks=False)),
         x=alt.X(
             "share:Q", title="share of the spread explained", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
@@ -242,12 +254,12 @@ def importance(data: Rows, width: int) -> Any:
         width=width - min(220, width // 2), height=alt.Step(24)))  # fmt: skip
 
 
-def batch(data: Rows, width: int) -> Any:
+def batch(data: Rows, width: int, held: Held) -> Any:
     """A panel a metric over `max_num_seqs`, by doublings."""
     seqs = [row["max_num_seqs"] for row in data]
     panels, span = [], [min(seqs), max(seqs)]
     for name in dict.fromkeys(row["metric"] for row in data):
-        base = _chart([row for row in data if row["metric"] == name]).encode(
+        base = held.chart([row for row in data if row["metric"] == name]).encode(
             x=alt.X(
                 "max_num_seqs:Q",
                 scale=alt.Scale(type="log", base=2, domain=span, nice=False),
@@ -262,14 +274,14 @@ def batch(data: Rows, width: int) -> Any:
     return _finished(alt.vconcat(*panels))
 
 
-def cdf(data: Rows, width: int) -> Any:
+def cdf(data: Rows, width: int, held: Held) -> Any:
     """A panel a latency: the share of requests that waited at most so long."""
     arms = list(dict.fromkeys(row["arm"] for row in data))
     colours = [INK if arm == "baseline" else ACCENT for arm in arms]
     dashes = [[6, 3] if arm == "baseline" else [1, 0] if arm == arms[-1] else [2, 2] for arm in arms]
     panels = []
     for name in dict.fromkeys(row["latency"] for row in data):
-        base = _chart([row for row in data if row["latency"] == name])
+        base = held.chart([row for row in data if row["latency"] == name])
         line = base.mark_line(interpolate="step-after", strokeWidth=1.8).encode(
             x=alt.X("ms:Q", title=f"{name}, ms", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~s")),
             y=alt.Y("share:Q", title="share", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(format="%", tickCount=5)),
@@ -280,7 +292,7 @@ def cdf(data: Rows, width: int) -> Any:
     return _finished(alt.vconcat(*panels))
 
 
-def over_time(data: tuple[Rows, float | None], width: int) -> Any:
+def over_time(data: tuple[Rows, float | None], width: int, held: Held) -> Any:
     """A panel a quantity; the window stands between two dashed lines."""
     rows, end_s = data
     span = [min(row["t_s"] for row in rows), max(row["t_s"] for row in rows)]
@@ -294,20 +306,20 @@ def over_time(data: tuple[Rows, float | None], width: int) -> Any:
             scale=alt.Scale(domain=series, range=[[1, 0], [3, 2]][: len(series)]),
         )  # fmt: skip
         x = alt.X("t_s:Q", title="seconds", scale=alt.Scale(domain=span, nice=False))
-        line = _chart(mine).mark_line(color=INK, strokeWidth=1.3).encode(
+        line = held.chart(mine).mark_line(color=INK, strokeWidth=1.3).encode(
             x=x, y=alt.Y("value:Q", title=name, axis=alt.Axis(tickCount=4)), strokeDash=dash
         )  # fmt: skip
-        window = _chart(edges).mark_rule(color=FAINT, strokeDash=[4, 3]).encode(x=x)
+        window = held.chart(edges).mark_rule(color=FAINT, strokeDash=[4, 3]).encode(x=x)
         panels.append(alt.layer(line, window).properties(width=width - 70, height=90))
     return _finished(alt.vconcat(*panels).resolve_scale(strokeDash="independent"))
 
 
-def roofline(data: Any, width: int) -> Any:
+def roofline(data: Any, width: int, held: Held) -> Any:
     """The roofline with what was measured, as `varcas roofline` draws it."""
     return roofline_chart(*data)
 
 
-CHARTS: dict[str, Callable[[Any, int], Any]] = {
+CHARTS: dict[str, Callable[[Any, int, Held], Any]] = {
     "starts": starts,
     "history": history,
     "front": front,
@@ -318,4 +330,6 @@ CHARTS: dict[str, Callable[[Any, int], Any]] = {
     "time": over_time,
     "roofline": roofline,
 }
-"""Chart by a figure's kind: a function of its data and a width in pixels."""
+"""Chart by a figure's kind: a function of its data, a width in pixels, and what holds the data."""
+FIXED = frozenset({"roofline"})
+"""Kinds that have one width."""
