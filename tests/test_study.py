@@ -920,6 +920,7 @@ def test_ctrl_c_ends_the_dashboard_without_a_word(shown_desk: Desk, tmp_path: Pa
     argv = [sys.executable, "-m", "varcas", "dashboard", "--results", str(tmp_path / "results"), "--port", str(port)]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
+    assert child.stderr.readline().startswith("report: ")
     said = child.stderr.readline()
     assert said == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
     assert len(fetched(f"http://127.0.0.1:{port}/api/studies/0")["trials"]) == 7

@@ -32,15 +32,17 @@ import importlib.util
 import itertools
 import json
 import math
+import mimetypes
 import os
 import random
 import re
 import threading
 import time
+import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
@@ -48,7 +50,7 @@ from urllib.parse import unquote
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
-from optuna.artifacts import upload_artifact
+from optuna.artifacts import ArtifactMeta
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
@@ -954,6 +956,8 @@ SHOWN = (
 """Columns that a trial of the dashboard carries, in its order; objectives and SLO keys stand before them."""
 REFRESH_S = 3.0
 """The dashboard looks for new rows at most this often, and only when a page asks."""
+AS_TEXT = (".log", ".sh", ".md")
+"""Files that browsers should show rather than store."""
 UNSET = "none"
 """A flag that is left out, as `Space` names it."""
 
@@ -972,10 +976,22 @@ class _View(InMemoryStorage):
 
 
 class KeptFiles:
-    """An artifact store of Optuna's over files where they lie: nothing is copied, nothing is ever removed."""
+    """An artifact store of Optuna's over files where they lie: nothing is copied, nothing is written."""
 
     def __init__(self) -> None:
         self._paths: dict[str, Path] = {}
+
+    def attribute(self, path: Path) -> dict[str, str]:
+        """Keeps a file, and returns the system attribute that makes it an artifact of a trial or a study.
+
+        `optuna.artifacts.upload_artifact` sets the same one, but not of a trial that has ended.
+        """
+        artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, path.absolute().as_uri()))
+        self._paths[artifact_id] = path
+        kind, encoding = mimetypes.guess_type(path.name)
+        kind = "text/plain; charset=utf-8" if path.suffix in AS_TEXT else kind or "application/octet-stream"
+        meta = ArtifactMeta(artifact_id=artifact_id, filename=path.name, mimetype=kind, encoding=encoding)
+        return {f"artifacts:{artifact_id}": json.dumps(asdict(meta))}
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         """The file of an artifact."""
@@ -985,8 +1001,8 @@ class KeptFiles:
             raise ArtifactNotFound(f"artifact {artifact_id} is not here") from error
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Keeps the place of a file that `upload_artifact` has opened."""
-        self._paths[artifact_id] = Path(content_body.name)
+        """Refuses: what is shown is a view of the store."""
+        raise PermissionError("the dashboard is a view: it keeps no uploads")
 
     def remove(self, artifact_id: str) -> None:
         """Forgets it; the file stays."""
@@ -1042,14 +1058,8 @@ def _set_beside(study: optuna.Study, beside: Beside) -> None:
         save_note(study, beside.note)
     for path in beside.files:
         if path.is_file():
-            upload_artifact(
-                artifact_store=beside.kept, file_path=str(path), study_or_trial=study, mimetype=_type_of(path)
-            )
-
-
-def _type_of(path: Path) -> str | None:
-    """Text that browsers show rather than store; None leaves it to the name."""
-    return "text/plain; charset=utf-8" if path.suffix in (".log", ".sh", ".md") else None
+            for key, meta in beside.kept.attribute(path).items():
+                study._storage.set_study_system_attr(study._study_id, key, meta)
 
 
 def _view_study(storage: BaseStorage, experiment: Experiment, name: str) -> optuna.Study:
@@ -1124,23 +1134,21 @@ def _show(
 
     state, values = _shown_result(row, experiment)
     constraints = constraints_of(row, experiment) if values else {}
+    files = kept.attribute(Path(row.log_path)) if row.log_path and Path(row.log_path).is_file() else {}
     trial = create_trial(
         state=state,
         values=values,
         params=params,
         distributions=distributions,
         user_attrs=first | _shown_attributes(row, experiment),
-        system_attrs={"constraints": list(constraints.values())},  # the key that optuna-dashboard 0.21 reads
+        system_attrs={"constraints": list(constraints.values())} | files,  # the key that optuna-dashboard 0.21 reads
         constraints=constraints,
     )
     trial.datetime_start = row.started_at.astimezone().replace(tzinfo=None)  # as Optuna has it: local, naive
     trial.datetime_complete = trial.datetime_start + datetime.timedelta(seconds=_wall_s(row))
     study.add_trial(trial)
-    added = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[-1]._trial_id)
-    save_note(added, _note(row, experiment))
-    if row.log_path and Path(row.log_path).is_file():
-        kind = _type_of(Path(row.log_path))
-        upload_artifact(artifact_store=kept, file_path=row.log_path, study_or_trial=added, mimetype=kind)
+    added = study.get_trials(deepcopy=False)[-1]
+    save_note(optuna.trial.Trial(study, added._trial_id), _note(row, experiment))
 
 
 def _shown_result(row: TrialRow, experiment: Experiment) -> tuple[TrialState, list[float] | None]:
