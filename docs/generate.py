@@ -132,8 +132,9 @@ def failures_page() -> Iterator[str]:
 def metrics_page() -> Iterator[str]:
     """What each metric is, its unit and what it may be used for."""
     yield "# Metrics\n"
-    yield "Columns of `trials` that hold a measured figure. [measurement.md](measurement.md) has each one's clock, window and"
-    yield "formula; *objective* says which way is better where it can be one, *SLO* that it can have a limit.\n"
+    yield "Columns of `trials` that hold a measured figure. [measurement.md](measurement.md) has each one's clock,"
+    yield "window and formula; *objective* says which way is better where it can be one,"
+    yield "*SLO* that it can have a limit.\n"
     yield "| metric | unit | objective | SLO | what it is |\n|---|---|---|---|---|"
     for name, field in TrialRow.model_fields.items():
         if field.annotation in (float | None, int | None) and (unit := _unit(name)):
@@ -161,9 +162,10 @@ def _latency(name: str) -> str:
 def rules_page() -> Iterator[str]:
     """The roofline's rules."""
     yield "# Rules\n"
-    yield "Why a configuration cannot work, known before it is started. *Hard* rules keep it from being started (`study.prune`),"
-    yield "*soft* ones only warn. *Versions* are those of vLLM that a rule holds for, *evidence* where a real refusal was seen."
-    yield "[roofline.md](roofline.md) has the formulas; a rule that a measurement contradicts is switched off for its study.\n"
+    yield "Why a configuration cannot work, known before it is started. *Hard* rules keep it from being started"
+    yield "(`study.prune`), *soft* ones only warn. *Versions* are those of vLLM that a rule holds for, *evidence*"
+    yield "where a real refusal was seen. [roofline.md](roofline.md) has the formulas; a rule that a measurement contradicts is"
+    yield "switched off for its study.\n"
     yield "| rule | kind | versions | looks at | evidence | source |\n|---|---|---|---|---|---|"
     for rule in RULES:
         own = [f"`{flag}`" for flag in rule.reads if flag not in LOOSE]
@@ -176,8 +178,8 @@ def rules_page() -> Iterator[str]:
 def gpus_page() -> Iterator[str]:
     """The GPU catalogue."""
     yield "# GPUs\n"
-    yield "`varcas/gpus.toml`, as `varcas gpus` shows it: datasheets' dense peaks, never a prediction. Figures in italics were"
-    yield "confirmed by no second source. [Your own GPU](own_gpu.md) says how to add one.\n"
+    yield "`varcas/gpus.toml`, as `varcas gpus` shows it: datasheets' dense peaks, never a prediction. Figures in"
+    yield "italics were confirmed by no second source. [Your own GPU](own_gpu.md) says how to add one.\n"
     yield "| GPU | Ray's type | compute capability | memory, GiB | bandwidth, GB/s | fp16 TFLOPS | power, W | source |"
     yield "|---|---|---|---|---|---|---|---|"
     for gpu in catalogue().values():

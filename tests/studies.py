@@ -57,7 +57,8 @@ def load_of(draw: random.Random, tokens_per_s: float, num: int = 240) -> LoadRes
                 index=index, scheduled_s=due, sent_s=due + 0.001, first_token_s=due + 0.001 + gaps[0],
                 last_token_s=due + 0.001 + gaps[-1], end_s=due + 0.002 + gaps[-1], scheduled_prompt_tokens=128,
                 scheduled_output_tokens=tokens, prompt_tokens=128, output_tokens=tokens, token_offsets_s=gaps,
-                token_counts=(1,) * tokens, finish_reason="length", error=None, http_status=200, conversation=index, turn=0,
+                token_counts=(1,) * tokens, finish_reason="length", error=None, http_status=200,
+                conversation=index, turn=0,
             )
         )  # fmt: skip
     return LoadResult(tuple(records), 0.0, 60.0, 30.0, 0.2)
@@ -65,7 +66,8 @@ def load_of(draw: random.Random, tokens_per_s: float, num: int = 240) -> LoadRes
 
 def samples_of(draw: random.Random) -> list[Sample]:
     return [
-        Sample(t_s=t / 2, num_requests_running=float(draw.randint(2, 8)), num_requests_waiting=float(draw.randint(0, 3)),
+        Sample(t_s=t / 2, num_requests_running=float(draw.randint(2, 8)),
+               num_requests_waiting=float(draw.randint(0, 3)),
                kv_cache_usage_frac=draw.random(), gpu_power_w=draw.uniform(50, 70), gpu_sm_clock_mhz=1500.0,
                gpu_temperature_c=60.0)
         for t in range(-10, 180)
@@ -100,7 +102,8 @@ def _row(e: Experiment, number: int, flags: dict[str, Any], tokens_per_s: float 
     fixed: dict[str, Any] = {
         "number": number, "study": e.name, "model": e.model, "config_json": json.dumps(dict(config.flags)),
         "config_hash": config.hash, "params_json": json.dumps(flags), "command": config.command("/opt/vllm/bin/python"),
-        "flags": {name: json.dumps(value) for name, value in config.flags.items()}, "gpu_name": "Tesla T4", "gpu_count": 1,
+        "flags": {name: json.dumps(value) for name, value in config.flags.items()}, "gpu_name": "Tesla T4",
+        "gpu_count": 1,
         "host": "t4-1", "resolved_json": json.dumps(RESOLVED | {"flags": dict(config.flags)}), "rate_rps": 4.0,
         "duration_s": 60.0, "seed": 0, "server_start_s": 41.5,
     }  # fmt: skip
@@ -110,16 +113,18 @@ def _row(e: Experiment, number: int, flags: dict[str, Any], tokens_per_s: float 
 def _searched(e: Experiment, number: int, flags: dict[str, Any], draw: random.Random, **columns: Any) -> TrialRow:
     if flags["kv_cache_dtype"] == "fp8":
         why = {"failure_kind": "unsupported_by_gpu", "reason_rule": "cache_type_without_units"}
-        return _row(e, number, flags, None, state="infeasible", valid=None, failure_detail="no fp8 units on sm_75 [docs]",
-                    **why, **columns)  # fmt: skip
+        detail = "no fp8 units on sm_75 [docs]"
+        return _row(e, number, flags, None, state="infeasible", valid=None, failure_detail=detail, **why, **columns)
     if flags["speculative_config"] is not None and flags["max_num_seqs"] == 128:
-        return _row(e, number, flags, None, state="failed", valid=None, failure_kind="out_of_memory", log_path="/logs/x.log",
-                    failure_detail="torch.OutOfMemoryError: CUDA out of memory.", failure_hint="take less", **columns)  # fmt: skip
+        why = {"failure_kind": "out_of_memory", "failure_detail": "torch.OutOfMemoryError: CUDA out of memory."}
+        why |= {"failure_hint": "take less", "log_path": "/logs/x.log"}
+        return _row(e, number, flags, None, state="failed", valid=None, **why, **columns)
     pace = 100 * flags["max_num_seqs"] ** 0.45 * draw.uniform(0.95, 1.05)
     ttft = 200 + 4 * flags["max_num_seqs"] ** 1.4 * draw.uniform(0.9, 1.1)
     met = ttft <= 4000
     return _row(
-        e, number, flags, pace, purpose="search", ttft_p50_ms=ttft / 2, ttft_p95_ms=ttft, tpot_mean_ms=30.0, slo_met=met,
+        e, number, flags, pace, purpose="search", ttft_p50_ms=ttft / 2, ttft_p95_ms=ttft, tpot_mean_ms=30.0,
+        slo_met=met,
         e2e_mean_ms=9e4 / pace, constraints={"ttft_p95_ms": ttft / 4000 - 1}, saturated=flags["max_num_seqs"] < 4,
         request_rate_rps=pace / 80, goodput_rps=pace / 90, **columns,
     )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from varcas.digest import (
     Section,
     advice,
     batch_rows,
+    changes,
     confidence,
     digest,
     facts,
@@ -86,11 +89,9 @@ def test_a_batch_curve_is_of_rows_that_differ_in_nothing_else() -> None:
     assert [cells[2] for cells in table.rows] == [10, 40, 80]
 
 
-def test_latency_curves_are_the_requests_own(seed: int = 1) -> None:
-    import random
-
+def test_latency_curves_are_the_requests_own() -> None:
     row_ = row(None, 100, duration_s=60.0)
-    load = load_of(random.Random(seed), 500.0)
+    load = load_of(random.Random(1), 500.0)
     found = section([row_], "latency", requests={row_.trial_id: load.records}).figures[0]
     waits = np.sort([1e3 * (r.first_token_s - r.scheduled_s) for r in load.records if r.first_token_s is not None])
     curve = [(p["ms"], p["share"]) for p in found.data if p["latency"] == "time to first token"]
@@ -103,9 +104,6 @@ def test_latency_curves_are_the_requests_own(seed: int = 1) -> None:
 
 
 def test_requests_that_never_came_keep_a_curve_from_its_end() -> None:
-    import dataclasses
-    import random
-
     row_ = row(None, 100, duration_s=60.0)
     records = load_of(random.Random(0), 500.0).records
     cut = [dataclasses.replace(r, error="unfinished", end_s=None) if i % 4 == 0 else r for i, r in enumerate(records)]
@@ -115,8 +113,6 @@ def test_requests_that_never_came_keep_a_curve_from_its_end() -> None:
 
 
 def test_a_trial_over_time_has_its_samples_and_tokens() -> None:
-    import random
-
     row_ = row(None, 100, duration_s=60.0)
     load, samples = load_of(random.Random(0), 500.0), samples_of(random.Random(0))
     made = section([row_], "time", requests={row_.trial_id: load.records}, samples={row_.trial_id: samples})
@@ -189,7 +185,8 @@ def test_each_verdict_has_words(verdict: Verdict) -> None:
     answer = recommend(CONFIRMED, experiment()).model_copy(update={"verdict": verdict})
     assert confidence(answer).endswith(".")
     assert advice(answer).endswith(".")
-    assert facts(answer).rows[0] == ("verdict", verdict.replace("_", " "))
+    assert dict(facts(answer).rows)["winner, mean of fresh starts"] == pytest.approx(120)
+    assert changes(answer) == ["max_num_seqs = 8"]
 
 
 def test_an_empty_and_a_failed_study_still_have_a_page() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 
 import pytest
@@ -18,8 +19,8 @@ OBJECTIVE = experiment().objectives[0]
 
 def grid(figure: dict[tuple[int, bool], float]) -> list[TrialRow]:
     return [
-        row(None, tokens_per_s, purpose="search", number=i, config_json=f'{{"seqs": {seqs}, "eager": {str(eager).lower()}}}',
-            config_hash=f"c{seqs}{eager}")
+        row(None, tokens_per_s, purpose="search", number=i, config_hash=f"c{seqs}{eager}",
+            config_json=json.dumps({"seqs": seqs, "eager": eager}))
         for i, ((seqs, eager), tokens_per_s) in enumerate(figure.items())
     ]  # fmt: skip
 

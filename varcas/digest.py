@@ -29,6 +29,7 @@ from varcas.report import (
     difference,
     find,
     limit_text,
+    percent,
     settings_text,
     usable,
     value,
@@ -226,13 +227,21 @@ def advice(answer: Recommendation) -> str:
 
 def facts(answer: Recommendation) -> Table:
     """What is recommended, in a table of few rows."""
-    rows: list[tuple[Cell, ...]] = [("verdict", answer.verdict.replace("_", " "))]
-    rows += [("flag to change", _change(name, new)) for name, new in answer.changes.items()]
+    rows: list[tuple[Cell, ...]] = [("objective", answer.objective)]
     if answer.gain:
         rows += [("baseline, mean of fresh starts", answer.gain.baseline_mean)]
         rows += [("winner, mean of fresh starts", answer.gain.candidate_mean)]
+        rows += [("ratio", percent(answer.gain))]
     rows += [("SLO in the worst start", limit_text(limit)) for limit in answer.limits]
-    return Table("The recommendation", ("what", "value"), tuple(rows))
+    rows += [("requests/s asked for", answer.rate_rps)] if answer.rate_rps is not None else []
+    rows += [("requests/s delivered", answer.delivered_rate_rps)] if answer.delivered_rate_rps is not None else []
+    rows += [(f"trials: {state}", count) for state, count in sorted(answer.counts.items())]
+    return Table("In numbers", ("what", "value"), tuple(rows))
+
+
+def changes(answer: Recommendation) -> list[str]:
+    """What to set differently from the baseline, a line a flag."""
+    return [_change(flag, new) for flag, new in answer.changes.items()]
 
 
 def _change(name: str, new: JsonValue) -> str:
@@ -302,10 +311,9 @@ def _progression(e: Evidence) -> Section | None:
 
 def progression(e: Evidence) -> list[tuple[str, TrialRow, str]]:
     """The baseline and each trial that beat all before it: name of the step, row, what became of it."""
-    order = sorted((row for row in e.rows if row.purpose not in ("confirm", "load")), key=lambda row: row.number)
     best: TrialRow | None = None
     steps: list[tuple[str, TrialRow]] = []
-    for row in order:
+    for row in _searched(e):
         if row.purpose == "baseline" and not steps:
             steps.append(("baseline", row))
             best = row if usable(row, e.objective) else best
@@ -341,24 +349,39 @@ def _relative(now: float | None, first: float | None) -> str | None:
 
 
 def _history(e: Evidence) -> Figure:
-    metric, best, data = e.objective.metric, None, []
-    for row in sorted(e.rows, key=lambda row: row.number):
-        if row.purpose in ("confirm", "load"):
-            continue
-        if usable(row, e.objective) and _beats(row, best, e.objective):
-            best = row
-        data.append({"trial": row.number, "value": _shown_value(row, e.objective), "best": best and value(best, e.objective),
-                     "outcome": outcome(row), "label": trial_label(row, e.objective)})  # fmt: skip
+    metric, data = e.objective.metric, _best_so_far(e)
     table = Table(
         "Trials in order",
         ("trial", metric, "best so far", "outcome"),
         tuple((d["trial"], d["value"], d["best"], d["outcome"]) for d in data),
         trial_column=0,
     )
-    alt = (
-        f"{metric} of each trial in order, and the best so far: {best and f'{value(best, e.objective):.4g}' or 'none'}."
-    )
+    best = data[-1]["best"] if data else None
+    alt = f"{metric} of each trial in order, and the best so far: {'none' if best is None else f'{best:.4g}'}."
     return Figure("history", f"{metric} by trial, and the best so far", alt, (data, metric), table)
+
+
+def _best_so_far(e: Evidence) -> list[Row]:
+    best: TrialRow | None = None
+    data: list[Row] = []
+    for row in _searched(e):
+        if usable(row, e.objective) and _beats(row, best, e.objective):
+            best = row
+        data.append(
+            {
+                "trial": row.number,
+                "value": _shown_value(row, e.objective),
+                "best": None if best is None else value(best, e.objective),
+                "outcome": outcome(row),
+                "label": trial_label(row, e.objective),
+            }
+        )
+    return data
+
+
+def _searched(e: Evidence) -> list[TrialRow]:
+    """Rows of the search, in order."""
+    return sorted((row for row in e.rows if row.purpose not in ("confirm", "load")), key=lambda row: row.number)
 
 
 def _shown_value(row: TrialRow, objective: Objective) -> float | None:
@@ -428,7 +451,8 @@ def _trade_off(e: Evidence) -> Section | None:
     data = [
         {
             "trial": row.number, "x": getattr(row, x), "y": getattr(row, y), "front": row.trial_id in front,
-            "saturated": bool(row.saturated), "role": role.get(row.config_hash, ""), "label": trial_label(row, e.objective),
+            "saturated": bool(row.saturated), "role": role.get(row.config_hash, ""),
+            "label": trial_label(row, e.objective),
         }
         for row in both
     ]  # fmt: skip
@@ -583,9 +607,9 @@ def _importance(e: Evidence) -> Section | None:
         levels,
     )
     words = (
-        f"Share of the spread of log {metric} between measured configurations that a flag explains by itself, corrected "
-        "for its number of values. The search tries what looks good more often, so shares need not add up to 1, and what "
-        "flags do together is not in them.",
+        f"Share of the spread of log {metric} between measured configurations that a flag explains by itself, "
+        "corrected for its number of values. The search tries what looks good more often, so shares need not add up "
+        "to 1, and what flags do together is not in them.",
     )
     alt = "; ".join(f"{row['flag']} {row['share']:.0%}" for row in data[:5]) or "no flag has repeated values"
     figures = (
@@ -614,24 +638,26 @@ def batch_rows(e: Evidence) -> list[TrialRow]:
     return [best[seqs] for seqs in sorted(best)] if len(best) >= LEAST_BATCHES else []
 
 
+def _seqs(row: TrialRow) -> int:
+    found: int = json.loads(row.config_json)["max_num_seqs"]
+    return found
+
+
 def _batch(e: Evidence) -> Section | None:
     rows = batch_rows(e)
     if not rows:
         return None
-    columns = ("output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "goodput_rps")
-    columns = tuple(c for c in columns if sum(getattr(row, c) is not None for row in rows) >= LEAST_BATCHES)
+    shown = ("output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "goodput_rps")
+    columns = tuple(c for c in shown if sum(getattr(row, c) is not None for row in rows) >= LEAST_BATCHES)
     data = [
-        {"max_num_seqs": json.loads(row.config_json)["max_num_seqs"], "trial": row.number, "metric": name, "value": found,
+        {"max_num_seqs": _seqs(row), "trial": row.number, "metric": name, "value": found,
          "label": trial_label(row, e.objective)}
         for row in rows for name in columns if (found := getattr(row, name)) is not None
     ]  # fmt: skip
     table = Table(
         "Batch size",
         ("max_num_seqs", "trial", *columns, "outcome"),
-        tuple(
-            (json.loads(r.config_json)["max_num_seqs"], r.number, *(getattr(r, c) for c in columns), outcome(r))
-            for r in rows
-        ),
+        tuple((_seqs(r), r.number, *(getattr(r, c) for c in columns), outcome(r)) for r in rows),
         trial_column=1,
     )
     rest = {k: v for k, v in json.loads(rows[0].config_json).items() if k != "max_num_seqs"}
@@ -663,7 +689,8 @@ def _latency(e: Evidence) -> Section | None:
     arms = " and ".join(dict.fromkeys(arm for arm, _ in curves))
     saturated = any(row.saturated for row in e.arms.values())
     words = [
-        "From the scheduled arrival, so that a client that waits hides nothing. A curve that stops short of 1: the rest never came."
+        "From the scheduled arrival, so that a client that waits hides nothing. A curve that stops short of 100 %: the "
+        "rest never came."
     ]
     words += ["A server fell behind: its latency says how long the test ran."] if saturated else []
     alt = f"Share of requests with at most so much latency, {arms}."
@@ -792,7 +819,7 @@ def _roofline(e: Evidence) -> Section | None:
 
 
 def _roofline_figure(answer: Roofline, gpu: GpuRoofline) -> Figure:
-    points = [
+    points: list[tuple[Cell, ...]] = [
         ("bound", p.phase, p.batch, p.tokens, p.intensity, p.flops / p.seconds, None)
         for p in (*gpu.decode, *gpu.prefill)
     ]
@@ -827,11 +854,12 @@ def _bound_words(gpu: GpuRoofline, e: Evidence) -> str:
     best, row = gpu.best, e.deployed
     if best is None:
         return ""
-    kind = "estimate" if gpu.measured else "bound"
-    reached = ""
-    if row is not None and row.output_tokens_per_s:
-        reached = f"; the recommended configuration made {row.output_tokens_per_s:.4g} ({row.output_tokens_per_s / best.tokens_per_s:.0%})"
-    return f"No configuration of this space makes more than {best.tokens_per_s:.4g} output tokens/s on {gpu.gpu} ({kind}){reached}."
+    kind = "rough estimate" if gpu.measured else "bound"
+    words = f"No configuration of the space makes over {best.tokens_per_s:.4g} output tokens/s on {gpu.gpu}, a {kind}"
+    if row is None or not row.output_tokens_per_s:
+        return f"{words}."
+    share = row.output_tokens_per_s / best.tokens_per_s
+    return f"{words}; the recommended configuration made {row.output_tokens_per_s:.4g} ({share:.0%})."
 
 
 # ---- failures, pruned
@@ -844,12 +872,18 @@ def _failures(e: Evidence) -> Section | None:
             groups.setdefault(row.failure_kind or "unknown", []).append(row)
     base = json.loads(e.baseline.config_json) if e.baseline else dict(e.experiment.serve)
     rows = tuple(
-        (kind, len(some), _numbers(some), _differs(base, some[0]), last_line(some[0].failure_detail), some[0].failure_hint,
-         "tried again" if kind in RETRIED else "no")
+        (
+            kind,
+            len(some),
+            _numbers(some),
+            _differs(base, some[0]),
+            last_line(some[0].failure_detail),
+            some[0].failure_hint,
+            "no: tried again" if kind in RETRIED else "yes",
+        )
         for kind, some in sorted(groups.items(), key=lambda item: -len(item[1]))
-    )  # fmt: skip
+    )
     columns = ("cause", "starts", "trials", "what the first sets", "the log's line", "what to do", "held against it")
-    rows = tuple((*row[:-1], "no: tried again" if row[-1] == "tried again" else "yes") for row in rows)
     if not rows:
         return None
     return Section("failures", "What failed, and why", (), (), (Table("Failures by cause", columns, rows),))
@@ -932,9 +966,10 @@ def _method(e: Evidence) -> list[tuple[Cell, ...]]:
         ("fixed flags", settings_text(x.serve, x.serve) or "none"),
         ("server environment", ", ".join(f"{k}={v}" for k, v in sorted(x.server.env.items())) or "none"),
         ("sampler, its seed", f"{x.study.sampler}, {x.study.seed}"),
-        ("server starts", f"{sum(r.state != 'infeasible' for r in rows)}, of them {sum(r.purpose == 'confirm' for r in rows)} to confirm"),
+        ("server starts", sum(row.state != "infeasible" for row in rows)),
+        ("of them to confirm", sum(row.purpose == "confirm" for row in rows)),
         ("measurement version", _distinct(str(row.measurement_version) for row in rows)),
-        ("simulated", f"{sum(r.simulated for r in rows)} of {len(rows)} rows" if any(r.simulated for r in rows) else "no"),
+        ("simulated rows", sum(row.simulated for row in rows)),
         ("from, to (UTC)", f"{begun[0]:%Y-%m-%d %H:%M}, {begun[-1]:%Y-%m-%d %H:%M}" if begun else None),
         ("search ended", e.answer.ended),
     ]  # fmt: skip

@@ -23,8 +23,7 @@ import yaml
 from markupsafe import Markup
 
 from varcas import __version__
-from varcas.digest import Cell, Code, Evidence, Section, Table, advice, confidence, digest, facts, wanted
-from varcas.effects import label_of
+from varcas.digest import Cell, Code, Evidence, Section, Table, advice, changes, confidence, digest, facts, wanted
 from varcas.engine.failures import redact
 from varcas.errors import InputError
 from varcas.experiment import Experiment
@@ -154,9 +153,7 @@ def page(evidence: Evidence, sections: Sequence[Section], drawings: Mapping[str,
         sections=sections,
         drawings={name: _marked_up(drawn) for name, drawn in drawings.items()},
         facts=facts(answer),
-        changes=[
-            f"{flag} left out" if new is None else f"{flag} = {label_of(new)}" for flag, new in answer.changes.items()
-        ],
+        changes=changes(answer),
         start=Code("The command", redact(answer.command or "")),
         headline=answer.headline[:1].upper() + answer.headline[1:],
         verdict=answer.verdict.replace("_", " "),
@@ -247,6 +244,7 @@ def markdown(evidence: Evidence, sections: Sequence[Section]) -> str:
         f"{_escaped(answer.model)} on {_escaped(answer.gpu or 'CPU')}, vLLM {_escaped(answer.engine_version or '?')}.",
         "",
     ]
+    lines += ["Change against the baseline:", "", *(f"- {_escaped(change)}" for change in changes(answer)), ""]
     lines += _table_lines(facts(answer), mark)
     lines += _code_lines(Code("The command", redact(answer.command))) if answer.command else []
     lines += [f"- Warning: {_escaped(warning)}" for warning in answer.warnings]

@@ -130,7 +130,7 @@ class Held:
         """A chart of these rows."""
         name = f"d{len(self.datasets)}"
         self.datasets[name] = list(rows)
-        return alt.Chart(alt.NamedData(name=name))  # type: ignore[no-untyped-call]
+        return alt.Chart(alt.NamedData(name=name))
 
 
 def _finished(chart: Any) -> Any:
@@ -220,8 +220,8 @@ def parallel(data: tuple[Rows, Rows, list[str]], width: int, held: Held) -> Any:
     points = [row for row in lines if row["axis"] in shown]
     texts = [row for row in ticks if row["axis"] in shown]
     many = sum(row["axis"] == metric for row in lines)
-    x = alt.X("axis:N", sort=shown, title=None, axis=alt.Axis(labelAngle=-25, labelLimit=150, domain=False, ticks=False),
-              scale=alt.Scale(type="point", padding=0.3))  # fmt: skip
+    axis = alt.Axis(labelAngle=-25, labelLimit=150, domain=False, ticks=False)
+    x = alt.X("axis:N", sort=shown, title=None, axis=axis, scale=alt.Scale(type="point", padding=0.3))
     y = alt.Y("at:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1]))
     room = (width - 40) / max(len(shown), 1)
 
