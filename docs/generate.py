@@ -164,8 +164,8 @@ def rules_page() -> Iterator[str]:
     yield "# Rules\n"
     yield "Why a configuration cannot work, known before it is started. *Hard* rules keep it from being started"
     yield "(`study.prune`), *soft* ones only warn. *Versions* are those of vLLM that a rule holds for, *evidence*"
-    yield "where a real refusal was seen. [roofline.md](roofline.md) has the formulas; a rule that a measurement contradicts is"
-    yield "switched off for its study.\n"
+    yield "where a real refusal was seen. [roofline.md](roofline.md) has the formulas; a rule that a measurement"
+    yield "contradicts is switched off for its study.\n"
     yield "| rule | kind | versions | looks at | evidence | source |\n|---|---|---|---|---|---|"
     for rule in RULES:
         own = [f"`{flag}`" for flag in rule.reads if flag not in LOOSE]

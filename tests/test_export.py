@@ -204,9 +204,13 @@ def test_what_was_simulated_says_so(form: str, tmp_path: Path) -> None:
     assert "SIMULATED: no server was measured" in text
     if form == "sh":
         (tmp_path / "s.sh").write_text(text)
-        done = subprocess.run(["bash", str(tmp_path / "s.sh")], env={"PYTHON": "/bin/true", "PATH": os.environ["PATH"]},
-                              capture_output=True, text=True, check=True)  # fmt: skip
-        assert "SIMULATED" in done.stderr
+        for forced, code in ({}, 1), ({"VARCAS_SIMULATED_OK": "1"}, 0):
+            env = {"PYTHON": "/bin/true", "PATH": os.environ["PATH"], **forced}
+            done = subprocess.run(
+                ["bash", str(tmp_path / "s.sh")], env=env, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == code
+            assert ("SIMULATED" in done.stderr) == (code == 1)
 
 
 # each form's own tool or schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import time
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from markdown_it import MarkdownIt
 
+from tests import rows
 from tests.browsing import chromium, opened, violations
 from tests.studies import experiment, write_study
 from varcas.digest import digest
@@ -20,6 +22,7 @@ from varcas.errors import InputError
 from varcas.experiment import load_experiment, parse_experiment
 from varcas.page import experiment_yaml, figure, gather, markdown, write_report
 from varcas.results import Results
+from varcas.store import Store
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -243,6 +246,55 @@ def test_no_password_is_on_the_page(tmp_path: Path) -> None:
     sections = digest(evidence)
     assert "postgresql://[redacted]@db/optuna" in markdown(evidence, sections)
     assert "hunter2" not in repr(sections)
+
+
+# phases
+
+
+@pytest.fixture
+def journey(tmp_path: Path) -> Results:
+    """Two phases: the first finds more sequences, the second nothing better, and one flag that fails."""
+    of = rows.experiment()
+    with Store(tmp_path / "results") as store:
+        for number, phase in enumerate(("easy", "spec")):
+            e = of.model_copy(update={"name": f"j.{phase}"})
+            began = datetime.datetime(2026, 11, 24, number, tzinfo=datetime.UTC)
+            told: dict[str, Any] = {"study": e.name, "started_at": began}
+            better = 130.0 if phase == "easy" else 90.0
+            made = [
+                rows.row(None, 100.0, **told),
+                rows.row(8, better, **told),
+                rows.failed(4, "kv_cache_too_small", **told),
+            ]
+            if phase == "easy":
+                made += [*rows.confirm(None, 100.0, 101.0, 99.0, **told), *rows.confirm(8, 120.0, 121.0, 119.0, **told)]
+            for found in made:
+                store.append(found)
+            store.save_study(e.name, {"fingerprint": {}, "experiment": json.loads(e.model_dump_json())})
+    return Results(tmp_path / "results")
+
+
+def test_a_study_in_phases_has_a_table_of_them_and_a_script_each(journey: Results, tmp_path: Path) -> None:
+    assert journey.phases("j") == ["j.easy", "j.spec"]
+    assert journey.phases("j.easy") == []
+    paths = write_report(journey, "j", tmp_path / "report")
+    scripts = {path.name: path.read_text() for path in paths if path.suffix == ".sh"}
+    assert set(scripts) == {"start_vllm.sh", "start_vllm_easy.sh", "start_vllm_spec.sh", "start_vllm_optimized.sh"}
+    assert "--max-num-seqs 8" in scripts["start_vllm_optimized.sh"]
+    assert "--max-num-seqs" not in scripts["start_vllm.sh"]
+    text = (tmp_path / "report" / "report.md").read_text()
+    easy, spec = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} |")) for name in ("easy", "spec")
+    )
+    assert "max_num_seqs = 8" in easy
+    assert "+20.0%" in easy
+    assert "| better |" in easy
+    assert "| nothing |" in spec
+    assert "| baseline best |" in spec
+    assert "max_num_seqs=4: kv_cache_too_small: words" in spec
+    found = journey.deployment("j")
+    assert found is not None
+    assert found.study == "j.easy", "the last phase that beat what it began from"
 
 
 # pieces

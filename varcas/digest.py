@@ -110,6 +110,21 @@ class Section:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One phase of an experiment that has some.
+
+    Attributes:
+        name: of the phase.
+        answer: its study's own.
+        row: of what its answer deploys, as the search saw it; None when nothing can be.
+    """
+
+    name: str
+    answer: Recommendation
+    row: TrialRow | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """What a report is made of.
 
@@ -122,6 +137,7 @@ class Evidence:
         roofline: None where there is none.
         no_roofline: why not.
         codes: commands and files that reproduce it.
+        steps: the phases, where the study is one of several.
     """
 
     experiment: Experiment
@@ -132,6 +148,7 @@ class Evidence:
     roofline: Roofline | None = None
     no_roofline: str = ""
     codes: tuple[Code, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def objective(self) -> Objective:
@@ -282,6 +299,56 @@ def _starts_alt(answer: Recommendation, metric: str) -> str:
     return f"{metric} in fresh starts: {'; '.join(parts)}."
 
 
+# ---- phases
+
+
+def _phases(e: Evidence) -> Section | None:
+    if len(e.steps) < 2:
+        return None
+    named = list(
+        dict.fromkeys((e.objective.metric, "output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "e2e_mean_ms"))
+    )
+    rows = tuple(
+        (
+            step.name,
+            ", ".join(changes(step.answer)) or "nothing",
+            *(None if step.row is None else getattr(step.row, name) for name in named),
+            percent(step.answer.gain) if step.answer.gain else None,
+            step.answer.verdict.replace("_", " "),
+            _failed_in(step.answer),
+        )
+        for step in e.steps
+    )
+    columns = (
+        "phase",
+        "its answer changes",
+        *named,
+        "gain over its base, fresh starts",
+        "verdict",
+        "what does not work",
+    )
+    words = (
+        f"Each phase begins from the winner of those before. The rest of this page is of {e.experiment.name}.",
+        "Metrics are of one measurement in the search; the gain is of the fresh starts.",
+    )
+    return Section("phases", "The journey", words, (), (Table("Phases", columns, rows),))
+
+
+def _step_columns(e: Evidence) -> list[str]:
+    return list(
+        dict.fromkeys((e.objective.metric, "output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "e2e_mean_ms"))
+    )
+
+
+def _failed_in(answer: Recommendation) -> str:
+    """Causes of a phase's failures, each with what it was that failed."""
+    return "; ".join(
+        f"{settings_text(failure.flags, failure.flags) or 'the baseline'}: {failure.rule or failure.kind}: "
+        f"{last_line(failure.detail)}"
+        for failure in answer.failures
+    )
+
+
 # ---- progression
 
 
@@ -291,7 +358,7 @@ def _progression(e: Evidence) -> Section | None:
         return None
     metric = e.objective.metric
     first = value(steps[0][1], e.objective)
-    named = dict.fromkeys((metric, "output_tokens_per_s", "ttft_p50_ms", "tpot_mean_ms", "e2e_mean_ms"))
+    named = _step_columns(e)
     columns = ("step", "trial", "sets", *named, "against the first", "status")
     rows = tuple(
         (
@@ -1027,7 +1094,7 @@ def _reproduce(e: Evidence) -> Section:
 
 
 SECTIONS: tuple[Callable[[Evidence], Section | None], ...] = (
-    _confirmation, _progression, _trade_off, _parallel, _importance, _batch, _latency, _over_time, _roofline, _failures,
-    _pruned, _measured_how, _reproduce,
+    _confirmation, _phases, _progression, _trade_off, _parallel, _importance, _batch, _latency, _over_time, _roofline,
+    _failures, _pruned, _measured_how, _reproduce,
 )  # fmt: skip
 """In the order of the page."""

@@ -147,7 +147,7 @@ def start_script(deployment: Deployment, options: Options) -> str:
         port=options.port,
         comments=deployment.notices,
         env=deployment.env,
-        notice=SIMULATED if deployment.simulated else None,
+        simulated=deployment.simulated,
     )
 
 

@@ -23,15 +23,16 @@ import yaml
 from markupsafe import Markup
 
 from varcas import __version__
-from varcas.digest import Cell, Code, Evidence, Section, Table, advice, changes, confidence, digest, facts, wanted
+from varcas.digest import Cell, Code, Evidence, Section, Step, Table, advice, changes, confidence, digest, facts, wanted
 from varcas.engine.failures import redact
 from varcas.errors import InputError
 from varcas.experiment import Experiment
-from varcas.export import export, recommended
+from varcas.export import export, file_name, recommended, write_file
 from varcas.limits import roofline_report
 from varcas.limits_answer import Roofline
 from varcas.plots import Drawn, dark_shades, draw
 from varcas.records import TrialRow
+from varcas.report import Recommendation
 from varcas.results import Results
 
 HTML_NAME, MARKDOWN_NAME, PLOTS = "report.html", "report.md", "plots"
@@ -43,21 +44,26 @@ def write_report(opened: Results, study: str | None = None, directory: Path | No
 
     Args:
         opened: the results that hold it.
-        study: its name; None is the only one there.
+        study: its name; None is the only one there. Of an experiment with phases the page is of the phase that decides,
+            with a table of all, and the start script of each stands beside it.
         directory: where to; None: beside the study's start scripts.
 
     Raises:
         InputError: no such study, or a directory that cannot be written.
     """
     name = opened.experiment(study).name
-    to = directory or opened.directory_of(name)
+    whole = study if study and opened.phases(study) else None
+    to = directory or opened.directory_of(whole or name)
     with _writing(to):
         (to / PLOTS).mkdir(parents=True, exist_ok=True)
     texts = _texts(gather(opened, name))
     with _writing(to):
         for file, text in texts.items():
             (to / file).write_text(text, encoding="utf-8")
-    return [to / file for file in texts]
+    scripts = opened.phase_deployments(whole) if whole else []
+    for made in scripts:
+        write_file(export(made, "sh"), to / file_name("sh", made.role), "sh")
+    return [to / file for file in (*texts, *(file_name("sh", made.role) for made in scripts))]
 
 
 @contextlib.contextmanager
@@ -93,7 +99,22 @@ def gather(opened: Results, study: str | None) -> Evidence:
         roofline=roofline,
         no_roofline=why,
         codes=_codes(experiment, rows, opened.path),
+        steps=_steps(opened, experiment.name),
     )
+
+
+def _steps(opened: Results, name: str) -> tuple[Step, ...]:
+    """The phases that a study is one of."""
+    whole = name.rpartition(".")[0]
+    return tuple(
+        Step(phase.removeprefix(f"{whole}."), answer, _deployed(opened, phase, answer))
+        for phase in (opened.phases(whole) if whole else ())
+        for answer in (opened.recommend(phase),)
+    )
+
+
+def _deployed(opened: Results, phase: str, answer: Recommendation) -> TrialRow | None:
+    return Evidence(opened.experiment(phase), opened.trials(phase), answer).deployed
 
 
 def _roofline(experiment: Experiment, rows: Sequence[TrialRow], path: Path) -> tuple[Roofline | None, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
 import html
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +15,7 @@ from varcas.experiment import Experiment
 from varcas.export import Deployment, recommended, trial_deployment
 from varcas.pruner import is_pruned
 from varcas.records import LATENCIES, LATENCY_METRICS, STATISTICS, RequestRecord, Sample, TrialRow
-from varcas.report import DASH_NOTE, Recommendation, as_text, limit_text, limits_of, recommend
+from varcas.report import DASH_NOTE, Recommendation, as_text, find, limit_text, limits_of, recommend
 from varcas.store import Store
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+KEPT = ("better", "no_baseline")
+"""Verdicts after which a phase's winner is what the next phase begins from."""
 ANYWAY = "ruled out before any start; to start it all the same: `study: {prune: false}`, or the command below"
 UNSORTABLE = (list[str], dict[str, str], dict[str, float])
 
@@ -119,6 +123,33 @@ class Results:
             return trial_deployment(self.trial(trial, name), self.experiment(name))
         return recommended(self._store.rows(name), self.experiment(name))
 
+    def phases(self, name: str) -> list[str]:
+        """Studies of an experiment's phases (`NAME.PHASE`), in the order in which they began; empty without any."""
+        if name in self.studies():
+            return []
+        begun: dict[str, datetime.datetime] = {}
+        for row in self._store.rows():
+            if row.study.startswith(f"{name}."):
+                begun[row.study] = min(begun.get(row.study, row.started_at), row.started_at)
+        return sorted(begun, key=begun.__getitem__)
+
+    def phase_deployments(self, name: str) -> list[Deployment]:
+        """What each phase has to deploy, named by it; the first baseline before, the whole experiment's answer last."""
+        phases = self.phases(name)
+        if not phases:
+            return []
+        first = self.experiment(phases[0])
+        baseline = find(self._store.rows(phases[0]), first).baseline
+        made = [trial_deployment(baseline, first)] if baseline else []
+        roles = [("", made), *((phase.removeprefix(f"{name}."), [self.deployment(phase)]) for phase in phases)]
+        roles.append(("optimized", [self.deployment(self._deciding(phases))]))
+        return [dataclasses.replace(found, role=role) for role, some in roles for found in some if found is not None]
+
+    def _deciding(self, phases: list[str]) -> str:
+        """The phase whose answer is that of the whole: the last that beat what it began from, else the first."""
+        kept = [phase for phase in phases if self.recommend(phase).verdict in KEPT]
+        return kept[-1] if kept else phases[0]
+
     def sql(self, query: str) -> pa.Table:
         """Runs DuckDB SQL over the views `trials`, `requests` and `samples`.
 
@@ -148,6 +179,8 @@ class Results:
     def _named(self, study: str | None) -> str:
         names = self.studies()
         if study is not None:
+            if study not in names and (phases := self.phases(study)):
+                return self._deciding(phases)
             if study not in names:
                 there = ", ".join(names) or "none"
                 raise InputError(f"study {study!r}: not in {self.path}.{nearest(study, names)} There: {there}.")

@@ -21,6 +21,15 @@ from varcas.errors import InputError, nearest
 from varcas.experiment import FLAG, OWN_FLAGS, Choices, Experiment, Range
 
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
+SIMULATED_GUARD = (
+    "",
+    'if [ "${VARCAS_SIMULATED_OK:-}" != 1 ]; then',
+    '  echo "$0: SIMULATED: no server was ever measured with these flags. Measure them, or set'
+    ' VARCAS_SIMULATED_OK=1" >&2',
+    "  exit 1",
+    "fi",
+)
+"""Of a start script whose flags come from a simulated engine."""
 PARALLEL_FLAGS = tuple(f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data"))
 MAX_CONDITIONS = 10**6
 """Combinations of values that conditions (`when`) may depend on: they are counted one by one."""
@@ -86,7 +95,7 @@ class ServingConfig:
         port: int = 8000,
         comments: Iterable[str] = (),
         env: Mapping[str, str] | None = None,
-        notice: str | None = None,
+        simulated: bool = False,
     ) -> str:
         """A bash script that starts this server. It holds no secret: vLLM reads VLLM_API_KEY from the environment.
 
@@ -96,7 +105,7 @@ class ServingConfig:
             port: default of SERVE_PORT.
             comments: lines for its head.
             env: environment variables that the server was measured with.
-            notice: what it says on stderr before it starts.
+            simulated: no server was measured: the script says so and starts nothing unless it is forced to.
         """
         notes = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
         exports = [f"export {assignment}" for assignment in _assignments(env or {})]
@@ -109,7 +118,7 @@ class ServingConfig:
                 "# From the environment: SERVE_HOST, SERVE_PORT, PYTHON, VLLM_API_KEY (clients must then send it).",
                 "# Further arguments of this script go to the server.",
                 "set -euo pipefail",
-                *([f"echo {shlex.quote(notice)} >&2"] if notice else []),
+                *(SIMULATED_GUARD if simulated else ()),
                 "",
                 f"python={shlex.quote(python)}",
                 'python="${PYTHON:-$python}"',
