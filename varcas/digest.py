@@ -356,7 +356,6 @@ def _progression(e: Evidence) -> Section | None:
     steps = progression(e)
     if len(steps) < 1:
         return None
-    metric = e.objective.metric
     first = value(steps[0][1], e.objective)
     named = _step_columns(e)
     columns = ("step", "trial", "sets", *named, "against the first", "status")
