@@ -128,7 +128,7 @@ def test_make_targets_in_the_readme_exist() -> None:
         ("docs/deploy.md", list(FORMS)),
         ("docs/index.md", [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md"]),
         ("zensical.toml", [page.name for page in (ROOT / "docs").glob("*.md")]),
-        ("CONTRIBUTING.md", ["FAILURES", "SAMPLERS", "PROFILES", "CANDIDATES"]),
+        ("CONTRIBUTING.md", ["FAILURES", "SAMPLERS", "PROFILES", "CANDIDATES", "FORMS", "SECTIONS", "CHARTS"]),
         ("docs/experiment.md", [*PROFILES, *SAMPLERS]),
     ],
 )
