@@ -146,8 +146,13 @@ class Results:
         return [dataclasses.replace(found, role=role) for role, some in roles for found in some if found is not None]
 
     def _deciding(self, phases: list[str]) -> str:
-        """The phase whose answer is that of the whole: the last that beat what it began from, else the first."""
-        kept = [phase for phase in phases if self.recommend(phase).verdict in KEPT]
+        """The phase whose answer is that of the whole: the last that beat what it began from, else the first.
+
+        A phase of another model or GPU compares, and decides nothing.
+        """
+        sites = {phase: (e.model, e.hardware.gpu) for phase in phases for e in (self.experiment(phase),)}
+        own = [phase for phase in phases if sites[phase] == sites[phases[0]]]
+        kept = [phase for phase in own if self.recommend(phase).verdict in KEPT]
         return kept[-1] if kept else phases[0]
 
     def sql(self, query: str) -> pa.Table:
