@@ -311,6 +311,7 @@ def _phases(e: Evidence) -> Section | None:
     rows = tuple(
         (
             step.name,
+            step.answer.gpu or "CPU",
             ", ".join(changes(step.answer)) or "nothing",
             *(None if step.row is None else getattr(step.row, name) for name in named),
             percent(step.answer.gain) if step.answer.gain else None,
@@ -321,6 +322,7 @@ def _phases(e: Evidence) -> Section | None:
     )
     columns = (
         "phase",
+        "on",
         "its answer changes",
         *named,
         "gain over its base, fresh starts",
