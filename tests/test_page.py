@@ -127,8 +127,7 @@ def test_every_figure_has_its_numbers_as_a_table(browser: Browser, written: Writ
             assert one.locator("table tbody tr").count() >= 1
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("where", ["desk", "phone"])
+@pytest.mark.parametrize(("scheme", "where"), [("light", "desk"), ("dark", "phone")])
 def test_screen_readers_and_contrast(browser: Browser, small: Path, scheme: str, where: str) -> None:
     with opened(browser, small.as_uri(), color_scheme=scheme, **(PHONE if where == "phone" else {})) as seen:
         seen.page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")

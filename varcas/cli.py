@@ -331,7 +331,8 @@ def report(
     from varcas.results import Results
 
     paths = write_report(Results(_results_path(study, results)), _study_name(study), output)
-    print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
+    shown = [str(path) for path in paths if as_json or path.suffix != ".svg"]
+    print(json.dumps(shown) if as_json else "\n".join(shown))
 
 
 @app.command()
