@@ -140,10 +140,10 @@ class Results:
             return []
         first = self.experiment(phases[0])
         baseline = find(self._store.rows(phases[0]), first).baseline
-        made = [trial_deployment(baseline, first)] if baseline else []
-        roles = [("", made), *((phase.removeprefix(f"{name}."), [self.deployment(phase)]) for phase in phases)]
-        roles.append(("optimized", [self.deployment(self._deciding(phases))]))
-        return [dataclasses.replace(found, role=role) for role, some in roles for found in some if found is not None]
+        made: dict[str, Deployment | None] = {"": trial_deployment(baseline, first) if baseline else None}
+        made |= {phase.removeprefix(f"{name}."): self.deployment(phase) for phase in phases}
+        made["optimized"] = self.deployment(self._deciding(phases))
+        return [dataclasses.replace(found, role=role) for role, found in made.items() if found is not None]
 
     def _deciding(self, phases: list[str]) -> str:
         """The phase whose answer is that of the whole: the last that beat what it began from, else the first.
