@@ -114,7 +114,8 @@ def shade(level: int) -> int:
 
 def dark_shades() -> dict[str, str]:
     """Variable of each grey to its colour on a dark page: black on white becomes light on dark."""
-    return {f"--g{name}": f"hsl(210 6% {90 - 0.81 * name:.0f}%)" for name in range(0, 101, 4)}
+    shades = {f"--g{name}": f"hsl(210 6% {90 - 0.81 * name:.0f}%)" for name in range(0, 97, 4)}
+    return shades | {"--g100": "var(--paper)"}
 
 
 # ---- charts
