@@ -1,5 +1,3 @@
-"""Main effects: what is planted is found, what is not there is not."""
-
 from __future__ import annotations
 
 import itertools
@@ -7,65 +5,49 @@ import json
 import random
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tests.rows import experiment, failed, row
-from varcas.effects import label_of, level_order, main_effects
+from tests.rows import experiment, row
+from varcas.effects import effects, effects_text
 from varcas.records import TrialRow
 
-OBJECTIVE = experiment().objectives[0]
+
+def rows(interaction: float = 1.0, sd: float = 0.005) -> list[TrialRow]:
+    rng, found = random.Random(0), []
+    for a, b, c in itertools.product([1, 2, 4], ["x", "y"], [True, False]):
+        value = 1000 * {1: 0.8, 2: 1.0, 4: 1.25}[a] * (1.05 if c else 1.0) * rng.lognormvariate(0, sd)
+        value *= interaction if (a, b) == (4, "y") else 1.0
+        found.append(row(2, value, params_json=json.dumps({"a": a, "b": b, "c": c})))
+    return found
 
 
-def grid(figure: dict[tuple[int, bool], float]) -> list[TrialRow]:
-    return [
-        row(None, tokens_per_s, purpose="search", number=i, config_hash=f"c{seqs}{eager}",
-            config_json=json.dumps({"seqs": seqs, "eager": eager}))
-        for i, ((seqs, eager), tokens_per_s) in enumerate(figure.items())
-    ]  # fmt: skip
+def test_main_effects_are_what_was_put_in() -> None:
+    found = effects(rows(), experiment())
+    assert found.params[0].param == "a"
+    by_name = {param.param: param for param in found.params}
+    assert by_name["a"].share > 0.8
+    assert by_name["b"].share < 0.02
+    ratios = {value.value: value.ratio for value in by_name["a"].values}
+    assert list(ratios) == ["1", "2", "4"]
+    assert ratios["4"] / ratios["1"] == pytest.approx(1.25 / 0.8, rel=0.1)
+    c = {value.value: value for value in by_name["c"].values}
+    assert c["true"].ratio / c["false"].ratio == pytest.approx(1.05, rel=0.02)
+    assert c["true"].lo is not None
+    assert c["true"].lo < c["true"].ratio < (c["true"].hi or 0)
+    assert "a: " in effects_text(found)
 
 
-def test_the_flag_that_matters_explains_the_spread() -> None:
-    draw = random.Random(0)
-    rows = grid(
-        {(s, e): 100.0 * s * draw.uniform(0.98, 1.02) for s, e in itertools.product((1, 2, 4, 8), (True, False))}
-    )
-    effects = main_effects(rows, OBJECTIVE)
-    assert [effect.flag for effect in effects] == ["seqs", "eager"]
-    assert effects[0].share == pytest.approx(1, abs=0.01)
-    assert effects[1].share == 0
-    assert [(level.label, level.num) for level in effects[0].levels] == [("1", 2), ("2", 2), ("4", 2), ("8", 2)]
-    assert effects[0].levels[3].best == pytest.approx(800, rel=0.03)
+def test_what_two_flags_do_together_is_an_interaction() -> None:
+    found = effects(rows(interaction=1.3), experiment())
+    assert found.interactions[0].params == ("a", "b")
 
 
-def test_as_many_values_as_configurations_explain_nothing() -> None:
-    rows = [row(seqs, 100.0 + seqs) for seqs in (1, 2, 4, 8)]
-    assert [(effect.flag, effect.share) for effect in main_effects(rows, OBJECTIVE)] == [("max_num_seqs", None)]
+def test_few_measurements_tell_nothing() -> None:
+    found = effects(rows()[:3], experiment())
+    assert found.params == []
+    assert "too few" in effects_text(found)
 
 
-def test_only_what_was_measured_and_is_to_be_believed_counts() -> None:
-    kept = [row(1, 100.0), row(2, 200.0), row(2, 210.0)]
-    left_out = [failed(4), row(8, 9999.0, valid=False), row(1, 5000.0, purpose="confirm", arm="candidate"), row(4, 0.0)]
-    assert main_effects([*kept, *left_out], OBJECTIVE) == main_effects(kept, OBJECTIVE)
-
-
-def test_nothing_measured_has_no_effects() -> None:
-    assert main_effects([], OBJECTIVE) == []
-    assert main_effects([row(1, 100.0)], OBJECTIVE) == []
-
-
-@given(st.permutations(range(8)), st.lists(st.floats(1, 1e6), min_size=8, max_size=8))
-def test_shares_lie_within_0_and_1_whatever_the_order(order: list[int], values: list[float]) -> None:
-    cells = list(itertools.product((1, 2, 4, 8), (True, False)))
-    rows = grid(dict(zip(cells, values, strict=True)))
-    effects = main_effects(rows, OBJECTIVE)
-    assert all(effect.share is None or 0 <= effect.share <= 1 for effect in effects)
-    again = main_effects([rows[i] for i in order], OBJECTIVE)
-    assert {e.flag: e.share for e in again} == pytest.approx({e.flag: e.share for e in effects}, abs=1e-9)
-
-
-def test_values_stand_in_their_own_order() -> None:
-    values = ["fp8", 16, 2, None, True, {"a": 1}, 0.5]
-    assert [label_of(value) for value in sorted(values, key=level_order)] == [
-        "left out", "0.5", "2", "16", "fp8", "true", '{"a":1}',
-    ]  # fmt: skip
+def test_what_failed_or_came_after_the_search_is_left_out() -> None:
+    kept = rows()
+    aside = [row(2, 1.0, purpose="confirm", params_json='{"a": 1}'), row(2, None, state="failed", valid=None)]
+    assert effects([*kept, *aside], experiment()) == effects(kept, experiment())

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import JsonValue
 
 from varcas.columns import Measured, Requests, token_events
-from varcas.effects import label_of, level_order, main_effects, measured, varied_flags
+from varcas.effects import effects
 from varcas.engine.failures import RETRIED
 from varcas.experiment import OBJECTIVES, Experiment, Objective
 from varcas.limits_answer import GpuRoofline, Roofline
@@ -25,11 +25,12 @@ from varcas.records import LATENCY_METRICS, RequestRecord, Sample, TrialRow
 from varcas.report import (
     Recommendation,
     confirmations,
-    deployed_row,
     difference,
     find,
     limit_text,
+    overrun,
     percent,
+    row_to_deploy,
     settings_text,
     usable,
     value,
@@ -163,7 +164,7 @@ class Evidence:
     @property
     def deployed(self) -> TrialRow | None:
         """The row whose flags are to be deployed."""
-        return deployed_row(self.answer.verdict, find(self.rows, self.experiment))
+        return row_to_deploy(self.answer, self.rows)
 
     @property
     def arms(self) -> dict[str, TrialRow]:
@@ -553,10 +554,53 @@ def _roles(e: Evidence) -> dict[str, str]:
 # ---- parallel coordinates, all trials
 
 
+LEFT_OUT = "left out"
+
+
+def label_of(found: JsonValue) -> str:
+    """A flag's value in a word."""
+    if found is None:
+        return LEFT_OUT
+    return found if isinstance(found, str) else json.dumps(found, sort_keys=True, separators=(",", ":"))
+
+
+def level_order(found: JsonValue) -> tuple[int, float, str]:
+    """Sorts numbers by size, before texts; a flag that is left out comes first."""
+    if found is None:
+        return 0, 0.0, ""
+    if isinstance(found, int | float) and not isinstance(found, bool):
+        return 1, float(found), ""
+    return 2, 0.0, label_of(found)
+
+
+def measured(rows: Sequence[TrialRow], objective: Objective) -> list[TrialRow]:
+    """Rows of the search whose objective is to be believed, the last of each configuration."""
+    kept: dict[str, TrialRow] = {}
+    for row in rows:
+        good = row.state == "complete" and row.valid is not False and not overrun(row, objective)
+        if good and value(row, objective) is not None and row.purpose in ("baseline", "search"):
+            kept[row.config_hash] = row
+    return list(kept.values())
+
+
+def varied_flags(rows: Sequence[TrialRow]) -> dict[str, list[JsonValue]]:
+    """Flags that differ between rows, each with its value in every row; None where it is left out."""
+    configs: list[dict[str, JsonValue]] = [json.loads(row.config_json) for row in rows]
+    names = sorted({name for config in configs for name in config})
+    columns = {name: [config.get(name) for config in configs] for name in names}
+    return {name: values for name, values in columns.items() if len({label_of(v) for v in values}) > 1}
+
+
+def _by_share(e: Evidence, flags: Iterable[str]) -> list[str]:
+    """Flags by what they matter, those of which nothing is known last."""
+    shares = {effect.param: effect.share for effect in effects(e.rows, e.experiment).params}
+    return sorted(flags, key=lambda flag: (-shares.get(flag, 0.0), flag))
+
+
 def _parallel(e: Evidence) -> Section | None:
     rows = measured(e.rows, e.objective)
     flags = varied_flags(rows)
-    ranked = [effect.flag for effect in main_effects(e.rows, e.objective)][:MOST_AXES]
+    ranked = _by_share(e, flags)[:MOST_AXES]
     figures: tuple[Figure, ...] = ()
     if len(rows) >= 2 and ranked:
         axes = [(flag, _positions(flags[flag])) for flag in ranked]
@@ -658,32 +702,34 @@ def _why(row: TrialRow) -> str:
 
 
 def _importance(e: Evidence) -> Section | None:
-    effects = main_effects(e.rows, e.objective)
-    if not effects:
+    found = effects(e.rows, e.experiment)
+    if not found.params:
         return None
-    told = [effect for effect in effects if effect.share is not None]
-    data = [{"flag": effect.flag, "share": effect.share} for effect in told]
+    data = [{"flag": effect.param, "share": effect.share} for effect in found.params]
     levels = tuple(
-        (effect.flag, effect.share, level.label, level.num, level.mean, level.best)
-        for effect in effects
-        for level in effect.levels
+        (effect.param, effect.share, _level(level.value), level.measurements, level.ratio - 1, level.lo, level.hi)
+        for effect in found.params
+        for level in effect.values
     )
-    metric = e.objective.metric
-    table = Table(
-        "Main effects",
-        ("flag", "share explained", "value", "configurations", f"{metric}, geometric mean", "best"),
-        levels,
-    )
+    metric = found.metric
+    columns = ("flag", "share of the variance", "value", "measurements", f"its effect on {metric}", "ratio from", "to")
+    note = "An effect is against the mean configuration; its 95 % interval is that of the ratio."
+    tables = [Table("Main effects", columns, tuple((*row[:4], f"{row[4]:+.1%}", *row[5:]) for row in levels), note)]
+    if found.interactions:
+        pairs = tuple((" and ".join(pair.params), pair.share) for pair in found.interactions)
+        tables.append(Table("What two flags do together", ("flags", "share of the variance"), pairs))
     words = (
-        f"Share of the spread of log {metric} between measured configurations that a flag explains by itself, "
-        "corrected for its number of values. The search tries what looks good more often, so shares need not add up "
-        "to 1, and what flags do together is not in them.",
+        f"Share of the variance of log {metric} that each flag explains, of {found.measurements} measurements by a "
+        "linear model of all flags. The search measures more near the best than elsewhere, and so does this.",
     )
-    alt = "; ".join(f"{row['flag']} {row['share']:.0%}" for row in data[:5]) or "no flag has repeated values"
-    figures = (
-        (Figure("importance", "Share of the spread explained by each flag alone", alt, data, table),) if data else ()
-    )
-    return Section("importance", "Which flags matter", words, figures, () if data else (table,))
+    alt = "; ".join(f"{row['flag']} {row['share']:.0%}" for row in data[:5])
+    figure = Figure("importance", "Share of the variance explained by each flag", alt, data, tables[0])
+    return Section("importance", "Which flags matter", words, (figure,), tuple(tables[1:]))
+
+
+def _level(text: str) -> str:
+    """A value as `effects` has it, in a word."""
+    return label_of(json.loads(text))
 
 
 # ---- batch size

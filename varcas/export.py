@@ -21,7 +21,7 @@ from pydantic import JsonValue
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
 from varcas.records import TrialRow
-from varcas.report import RANDOM_WEIGHTS, Recommendation, deployed_row, find, has_random_weights, recommend
+from varcas.report import RANDOM_WEIGHTS, Recommendation, find, has_random_weights, recommend, row_to_deploy
 from varcas.space import SERVER_MODULE, ServingConfig, flag_word, server_python
 
 PORT = 8000
@@ -430,8 +430,10 @@ def write_file(text: str, path: Path, form: str) -> None:
 def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
     """Writes `start_vllm.sh` (baseline) and `start_vllm_optimized.sh` (another winner); returns the one to deploy."""
     answer, found = recommend(rows, experiment), find(rows, experiment)
+    deployed = row_to_deploy(answer, rows)
+    best = deployed if answer.changes else found.winner
     paths: dict[str, str] = {}
-    for role, row in (("", found.baseline), ("optimized", found.winner)):
+    for role, row in (("", found.baseline), ("optimized", best)):
         path = directory / file_name("sh", role)
         if row is None or (role and answer.verdict == "baseline_best"):
             path.unlink(missing_ok=True)  # of an earlier answer
@@ -439,14 +441,13 @@ def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: P
         made = deployment(row, experiment, role, comments_of(row, experiment, _what(row, answer)))
         write_file(export(made, "sh"), path, "sh")
         paths[row.config_hash] = str(path)
-    deployed = deployed_row(answer.verdict, found)
     return paths.get(deployed.config_hash) if deployed else None
 
 
 def recommended(rows: Sequence[TrialRow], experiment: Experiment) -> Deployment | None:
     """What the study says to deploy; None when nothing can be."""
     answer = recommend(rows, experiment)
-    row = deployed_row(answer.verdict, find(rows, experiment))
+    row = row_to_deploy(answer, rows)
     if row is None:
         return None
     role = "optimized" if answer.changes else ""

@@ -246,9 +246,7 @@ def importance(data: Rows, width: int, held: Held) -> Any:
     rows = [row | {"words": f"{row['share']:.0%}"} for row in data]
     base = held.chart(rows).encode(
         y=alt.Y("flag:N", sort=None, title=None, axis=alt.Axis(labelLimit=width // 2, ticks=False)),
-        x=alt.X(
-            "share:Q", title="share of the spread explained", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
-        ),
+        x=alt.X("share:Q", title="share of the variance", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
     )
     bars = base.mark_bar(color=FAINT, stroke=INK, strokeWidth=0.6).encode(description="words:N")
     return _finished(alt.layer(bars, base.mark_text(align="left", dx=4, color=INK).encode(text="words:N")).properties(

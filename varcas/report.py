@@ -224,7 +224,7 @@ def recommend(
     winner = _arm(finding.winner, rows, "candidate", objective)
     gain = _gain(baseline, winner, objective)
     verdict = _verdict(finding, gain, winner, experiment)
-    deployed = deployed_row(verdict, finding)
+    deployed = _deployed(verdict, finding)
     base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
     return Recommendation(
         study=experiment.name,
@@ -387,7 +387,7 @@ def _one_side(gain: GainOut, *, better: bool) -> bool:
     return gain.lo > 1 if better == (gain.direction == "maximize") else gain.hi < 1
 
 
-def deployed_row(verdict: Verdict, finding: Finding) -> TrialRow | None:
+def _deployed(verdict: Verdict, finding: Finding) -> TrialRow | None:
     """What to deploy: a winner that fresh starts do not confirm does not displace a baseline that works."""
     keeps_baseline = finding.baseline is not None and usable(finding.baseline)
     if verdict in ("inconclusive", "baseline_best") and keeps_baseline:
@@ -515,6 +515,15 @@ def _kept_up_text(finding: Finding, gain: GainOut | None) -> str:
     sent = f" ({row.delivered_rate_rps:.4g} delivered)" if row.delivered_rate_rps is not None else ""
     least = "; the gain is at least this" if gain else ""
     return f"the winner kept up with all {row.rate_rps:g} requests/s{sent}: raise rate_rps to find its limit{least}"
+
+
+def row_to_deploy(answer: Recommendation, rows: Iterable[TrialRow]) -> TrialRow | None:
+    """The row of the flags to deploy, of the search rather than of a confirmation start; None when nothing can be."""
+    if answer.deploy is None:
+        return None
+    wanted = json.dumps(answer.deploy, sort_keys=True)
+    found = [row for row in rows if json.dumps(_flags(row), sort_keys=True) == wanted and row.state == "complete"]
+    return min(found, key=lambda row: (row.valid is False, row.purpose == "confirm", row.number), default=None)
 
 
 def has_random_weights(flags: Mapping[str, JsonValue]) -> bool:
