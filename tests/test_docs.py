@@ -18,6 +18,7 @@ from varcas.engine.failures import FAILURES
 from varcas.experiment import parse_experiment
 from varcas.export import FORMS
 from varcas.gpus import parse_catalogue
+from varcas.journey import opening
 from varcas.rules import RULES
 from varcas.space import Space
 from varcas.study import SAMPLERS
@@ -73,7 +74,7 @@ def test_yaml_is_an_experiment_or_a_cluster(place: str, text: str) -> None:
             mounted = {m["name"] for c in spec["containers"] for m in c["volumeMounts"]}
             assert mounted <= {volume["name"] for volume in spec["volumes"]}
         return
-    assert Space(parse_experiment(text, place)).size()
+    assert Space(opening(parse_experiment(text, place))).size()
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("toml"), ids=lambda value: value[:24])

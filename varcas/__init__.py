@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Results", "__version__", "load_experiment", "roofline_report", "sweep"]
+__all__ = ["Results", "__version__", "load_experiment", "roofline_report", "run_phases", "sweep"]
 
 if TYPE_CHECKING:
     from varcas.experiment import load_experiment
+    from varcas.journey import run_phases
     from varcas.limits import roofline_report
     from varcas.results import Results
     from varcas.sweeper import sweep
@@ -31,6 +32,7 @@ def __getattr__(name: str) -> Any:
         "load_experiment": "varcas.experiment",
         "Results": "varcas.results",
         "roofline_report": "varcas.limits",
+        "run_phases": "varcas.journey",
         "sweep": "varcas.sweeper",
     }
     if name not in homes:

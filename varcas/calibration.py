@@ -72,7 +72,7 @@ PRIORS: dict[str, Prior] = {
     "graphs": Prior(Efficiency(3e-3, 5e-5, 0.70, 0.50, 0.50, 1e-2), _FACTOR, ASSUMED),
     "eager": Prior(Efficiency(1.5e-2, 5e-5, 0.70, 0.50, 0.50, 1e-2, overlaps=True), _FACTOR, ASSUMED),
     "cpu": Prior(
-        Efficiency(1e-2, 2e-4, 0.70, 0.30, 0.50, 1e-2),
+        Efficiency(1e-2, 2e-4, 0.70, 0.30, 0.50, 1e-2, adds=True),
         replace(_FACTOR, weights_frac=1.65, attention_frac=2.2, compute_frac=2.2),
         "assumed, no source; the probe's peaks are no ceilings, so shares may pass 1",
     ),
@@ -206,6 +206,7 @@ def points(
     requests: Callable[[str], Sequence[RequestRecord]] | None = None,
     cpu: GpuSpec | None = None,
     simulated: bool = False,
+    saturated: bool = False,
 ) -> tuple[list[Point], list[tuple[str, str]]]:
     """Measured points, and each row that gave none with the reason.
 
@@ -216,11 +217,12 @@ def points(
             row's means.
         cpu: this host's, for rows without a GPU (`gpus.this_cpu`); None leaves those out.
         simulated: take simulated rows, and no others.
+        saturated: take rows of servers that fell behind too, where their requests tell steps apart.
     """
     found: list[Point] = []
     left: list[tuple[str, str]] = []
     for row in rows:
-        trial = _excluded(row, simulated) or _trial(row, models, cpu)
+        trial = _excluded(row, simulated, saturated) or _trial(row, models, cpu)
         if isinstance(trial, str):
             left.append((row.trial_id, trial))
             continue
@@ -236,7 +238,7 @@ UNREADABLE_FLAGS = ("speculative_config", "data_parallel_size", "pipeline_parall
 """Flags under which a token's gap is not a step of the whole model."""
 
 
-def _excluded(row: TrialRow, simulated: bool) -> str | None:
+def _excluded(row: TrialRow, simulated: bool, saturated: bool) -> str | None:
     """Why a row tells nothing about steps."""
     flags = json.loads(row.config_json)
     other = next((name for name in UNREADABLE_FLAGS if flags.get(name) not in (None, 1)), None)
@@ -245,8 +247,8 @@ def _excluded(row: TrialRow, simulated: bool) -> str | None:
         f"{row.state}": row.state != "complete",
         f"measurement version {row.measurement_version}": row.measurement_version != MEASUREMENT_VERSION,
         "invalid": row.valid is not True,
-        "saturated": row.saturated is True,
-        f"engine {row.engine}: its configuration is not known": row.engine != "vllm",
+        "saturated": row.saturated is True and not saturated,
+        f"engine {row.engine}: its configuration is not known": row.engine not in ("vllm", "simulated"),
         "no engine version": row.engine_version is None,
         "preempted: work was done twice": bool(row.preemptions),
         f"{other}: steps are not told apart": other is not None,
@@ -296,6 +298,8 @@ def _point(trial: _Trial, one: _Bin) -> Point:
 
 
 def _bins_of(row: TrialRow, records: Sequence[RequestRecord], serve: Serve) -> list[_Bin] | str:
+    if not records and row.saturated:
+        return "saturated, and without requests"
     if not records:
         mean = _mean_bin(row)
         return [mean] if mean else "no requests, and a row without TPOT or rates"
@@ -482,6 +486,7 @@ class Fit:
     def describe(self) -> str:
         """In words, with errors."""
         form = "max(host, device)" if self.efficiency.overlaps else "host + device"
+        form += ", device = traffic + arithmetic" if self.efficiency.adds else ""
         lines = [f"{self.key}: {len(self.points)} points of {_counted(self.starts)}, step = {form}"]
         for name in PARAMETERS:
             found, told = self.figure(name), self.told[name]
@@ -526,9 +531,10 @@ def calibrate(
     requests: Callable[[str], Sequence[RequestRecord]] | None = None,
     cpu: GpuSpec | None = None,
     simulated: bool = False,
+    saturated: bool = False,
 ) -> Calibration:
     """Fits efficiencies to a store's rows. Arguments as `points`; simulated and real rows never meet in one fit."""
-    found, left = points(rows, models, requests=requests, cpu=cpu, simulated=simulated)
+    found, left = points(rows, models, requests=requests, cpu=cpu, simulated=simulated, saturated=saturated)
     specs = {gpu.name: gpu for gpu in (*gpus.catalogue().values(), *([cpu] if cpu else []))}
     by_key: dict[Key, list[Point]] = {}
     for point in found:
@@ -540,14 +546,17 @@ def calibrate(
 def fit(some: Sequence[Point], known: Prior) -> Fit:
     """Fits one key's points, with the host's part beside the device's and before it; the likelier of the two is kept.
 
-    A CPU's steps have no device that the host could run ahead of.
+    A CPU's steps have no device that the host could run ahead of: there it is traffic and arithmetic that may add up.
 
     Args:
         some: at least one, of one key.
         known: what few of them shrink to.
     """
-    forms = (False,) if some[0].key.gpu == "cpu" else (known.median.overlaps, not known.median.overlaps)
-    tried = [_Data.of(some, overlaps) for overlaps in forms]
+    first = known.median
+    other = (
+        replace(first, adds=not first.adds) if some[0].key.gpu == "cpu" else replace(first, overlaps=not first.overlaps)
+    )
+    tried = [_Data.of(some, form) for form in (first, other)]
     solutions = [_solve(one, known) for one in tried]
     data, solved = min(zip(tried, solutions, strict=True), key=lambda pair: pair[1].cost)
     starts = len(data.names)
@@ -555,7 +564,7 @@ def fit(some: Sequence[Point], known: Prior) -> Fit:
     filling = [point.prefill_tokens for point in some if point.prefill_tokens > 0]
     return Fit(
         key=some[0].key,
-        efficiency=_efficiency(solved.theta, data.overlaps),
+        efficiency=_efficiency(solved.theta, data.form),
         prior=known,
         covariance=solved.covariance,
         sigma=solved.sigma,
@@ -585,22 +594,22 @@ class _Data:
     weight: Floats
     group: npt.NDArray[np.int64]
     names: tuple[str, ...]
-    overlaps: bool
+    form: Efficiency
 
     @classmethod
-    def of(cls, some: Sequence[Point], overlaps: bool) -> _Data:
+    def of(cls, some: Sequence[Point], form: Efficiency) -> _Data:
         names, group = np.unique([point.server_id for point in some], return_inverse=True)
         error = np.array([point.error_frac for point in some])
         weight = 1 / np.bincount(group)[group] / (1 + (error / POINT_ERROR) ** 2)
         log_s = np.log([point.seconds for point in some])
-        return cls(Parts.joined([point.parts for point in some]), log_s, weight, group, tuple(names.tolist()), overlaps)
+        return cls(Parts.joined([point.parts for point in some]), log_s, weight, group, tuple(names.tolist()), form)
 
     def take(self, mask: npt.NDArray[np.bool_]) -> _Data:
         parts, log_s = self.parts.take(mask), self.log_s[mask]
-        return _Data(parts, log_s, self.weight[mask], self.group[mask], self.names, self.overlaps)
+        return _Data(parts, log_s, self.weight[mask], self.group[mask], self.names, self.form)
 
     def residual(self, theta: Floats) -> Floats:
-        return np.asarray(self.log_s - np.log(self.parts.seconds(_efficiency(theta, self.overlaps))), dtype=np.float64)
+        return np.asarray(self.log_s - np.log(self.parts.seconds(_efficiency(theta, self.form))), dtype=np.float64)
 
     def slopes(self, theta: Floats, step: float = 1e-4) -> Floats:
         """Of the residuals with each logarithm: a row a point."""
@@ -624,9 +633,10 @@ class _Solved:
     cost: float
 
 
-def _efficiency(theta: Floats, overlaps: bool) -> Efficiency:
+def _efficiency(theta: Floats, form: Efficiency) -> Efficiency:
+    """These parameters, in a law of that form."""
     values: list[float] = np.exp(theta).tolist()
-    return Efficiency(*values, overlaps=overlaps)
+    return Efficiency(*values, overlaps=form.overlaps, adds=form.adds)
 
 
 def _logs(values: Efficiency) -> Floats:
@@ -770,12 +780,12 @@ def estimate(
         kv_tokens: of the cache, where known; else `memory` estimates it on a GPU, and a CPU has enough.
     """
     kernel = kernel_of(model, serve, engine_version, quantization)
-    found, beyond = _fit_for(calibration, gpu, kernel, engine_version)
+    found, beyond = fit_for(calibration, gpu, kernel, engine_version)
     load = _Load.of(model, gpu, serve, traffic, kernel, kv_tokens)
     known = prior(gpu, kernel)
     centre = _logs(found.efficiency if found else known.median)
-    overlaps = (found.efficiency if found else known.median).overlaps
-    settled = load.settle(_efficiency(centre, overlaps))
+    form = found.efficiency if found else known.median
+    settled = load.settle(_efficiency(centre, form))
     if found:
         beyond += _left(found, model, settled.batch, load)
         spread = found.covariance * t_quantile(0.975, found.freedom) ** 2
@@ -783,7 +793,7 @@ def estimate(
     else:
         spread, noise = np.diag(_logs(known.factor) ** 2) * 1.96**2, 1.96 * PRIOR_SIGMA
     known_spread = found is None or found.starts > 1
-    tpot, ttft, capacity = _with_intervals(load, centre, overlaps, spread if known_spread else None, noise)
+    tpot, ttft, capacity = _with_intervals(load, centre, form, spread if known_spread else None, noise)
     rate = math.inf if traffic.rate_rps is None else traffic.rate_rps
     return Estimate(
         tpot_s=tpot,
@@ -802,11 +812,11 @@ def efficiency_for(
     calibration: Calibration, gpu: GpuSpec, kernel: str, engine_version: str | None = None
 ) -> Efficiency:
     """What `estimate` takes for a class of kernels: fitted where it was measured, else the prior's median."""
-    found, _ = _fit_for(calibration, gpu, kernel, engine_version)
+    found, _ = fit_for(calibration, gpu, kernel, engine_version)
     return found.efficiency if found else prior(gpu, kernel).median
 
 
-def _fit_for(calibration: Calibration, gpu: GpuSpec, kernel: str, version: str | None) -> tuple[Fit | None, list[str]]:
+def fit_for(calibration: Calibration, gpu: GpuSpec, kernel: str, version: str | None) -> tuple[Fit | None, list[str]]:
     """The fit of this GPU and these kernels, of this version or another."""
     same = {key: fit for key, fit in calibration.fits.items() if (key.gpu, key.kernel) == (gpu.name, kernel)}
     if not same:
@@ -911,20 +921,20 @@ class _Load:
 
 
 def _with_intervals(
-    load: _Load, centre: Floats, overlaps: bool, spread: Floats | None, noise: float
+    load: _Load, centre: Floats, form: Efficiency, spread: Floats | None, noise: float
 ) -> tuple[Quantity, Quantity, Quantity]:
     """TPOT, TTFT and capacity: the delta method on logarithms.
 
     Args:
         load: what is asked of what.
         centre: logarithms of `PARAMETERS`.
-        overlaps: as `Efficiency` has it.
+        form: of the law.
         spread: their covariance, times the square of the quantile; None: no interval is known.
         noise: half the interval of a start's own error.
     """
 
     def at(theta: Floats) -> Floats:
-        settled = load.settle(_efficiency(theta, overlaps))
+        settled = load.settle(_efficiency(theta, form))
         return np.array([settled.tpot_s, settled.ttft_s, settled.capacity_tokens_per_s])
 
     values = at(centre)

@@ -52,6 +52,13 @@ StudyArg = Annotated[
 ]
 
 
+class Engine(StrEnum):
+    """What serves."""
+
+    vllm = "vllm"
+    simulated = "simulated"
+
+
 class Format(StrEnum):
     """How rows are printed."""
 
@@ -88,6 +95,9 @@ def sweep(
     repeats: Annotated[
         int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")
     ] = None,
+    engine: Annotated[
+        Engine | None, typer.Option(help="what serves, in place of the file's: `simulated` starts nothing")
+    ] = None,
     results: ResultsOpt = None,
     as_json: Json = False,
 ) -> None:
@@ -95,34 +105,84 @@ def sweep(
 
     Example: `varcas sweep experiments/quickstart.yaml --budget 30m`
     """
+    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats, engine=engine)
+    place = [str(experiment), *(["--engine", engine.value] if engine else [])]
+    place += ["--results", str(results)] if results else []
+    _sweep(loaded, place, address=address, budget=budget, trials=trials, as_json=as_json)
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[Path | None, typer.Argument(metavar="[EXPERIMENT]", help="experiment file (YAML)")] = None,
+    validate: Annotated[
+        Path | None, typer.Option(metavar="STORE", help="hold it against the real measurements of a results directory")
+    ] = None,
+    folds: Annotated[
+        int, typer.Option(min=2, help="with --validate: parts of the configurations, each predicted from the others")
+    ] = 2,
+    trials: Annotated[int | None, typer.Option(min=1, help="starts of the search, in place of the file's")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=0, help="confirmation starts an arm, in place of the file's")
+    ] = None,
+    results: ResultsOpt = None,
+    as_json: Json = False,
+) -> None:
+    """The same as `sweep` on simulated servers, in seconds: nothing is started, and every figure says so.
+
+    Example: `varcas simulate experiments/llama2_7b_awq_t4.yaml --results results/simulated`
+    """
+    if (experiment is None) == (validate is None):
+        raise InputError(
+            "EXPERIMENT, --validate: give one of them: an experiment to simulate, or a store to compare with."
+        )
+    if validate is not None:
+        from varcas.truth import validate as run_validate
+        from varcas.truth import validation_text
+
+        answer = run_validate(validate, folds=folds)
+        _print(answer, as_json, validation_text(answer))
+        return
+    assert experiment is not None
+    engine = Engine.simulated
+    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats, engine=engine)
+    place = [str(experiment), "--engine", engine.value, *(["--results", str(results)] if results else [])]
+    _sweep(loaded, place, address=None, budget=None, trials=trials, as_json=as_json)
+
+
+def _sweep(
+    loaded: Experiment, place: list[str], *, address: str | None, budget: str | None, trials: int | None, as_json: bool
+) -> None:
+    """Runs an experiment, in phases or not, and prints its answer."""
+    from varcas.journey import journey_text, run_phases
     from varcas.live import Progress
     from varcas.metrics import MIN_STARTS
-    from varcas.report import as_text
+    from varcas.report import Recommendation, as_text
     from varcas.sweeper import sweep as run_sweep
 
     budget_s = None if budget is None else parse_duration(budget)
-    loaded = _with(load_experiment(experiment), results=results, trials=trials, repeats=repeats)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
+        run = run_phases if loaded.phases else run_sweep
         try:
-            answer = run_sweep(
-                loaded,
-                address=address,
-                budget_s=budget_s,
-                on_event=progress,
-                stopping=stopping,
-            )
+            answer = run(loaded, address=address, budget_s=budget_s, on_event=progress, stopping=stopping)
         except KeyboardInterrupt:
             _interrupted(loaded)
-    place = [str(experiment), *(["--results", str(results)] if results else [])]
     options = [("--address", address), ("--trials", trials), ("--repeats", max(MIN_STARTS, loaded.study.repeats))]
     confirm = _command("sweep", *place, *(word for name, given in options if given for word in (name, str(given))))
     _write_report(loaded)
-    _print(answer, as_json, as_text(answer, confirm))
-    looks = [_command(*words, *place) for words in (["results"], ["show", "N"], ["dashboard"])]
+    text = as_text(answer, confirm) if isinstance(answer, Recommendation) else journey_text(answer)
+    _print(answer, as_json, text)
+    looks = [_command(*words, *_looked_at(loaded, place)) for words in (["results"], ["show", "N"], ["dashboard"])]
     print("\n  ".join([f"results: {loaded.results}", *looks]), file=sys.stderr)
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)
+
+
+def _looked_at(loaded: Experiment, place: list[str]) -> list[str]:
+    """Arguments that name what was run to the commands that look at it: of several phases the last."""
+    if not loaded.phases:
+        return [place[0], *(["--results", loaded.results] if "--results" in place else [])]
+    return [f"{loaded.name}.{loaded.phases[-1].name}", "--results", loaded.results]
 
 
 @app.command()
@@ -222,10 +282,11 @@ def validate(experiment: ExperimentArg, as_json: Json = False) -> None:
 
     Example: `varcas validate experiments/quickstart.yaml`
     """
+    from varcas.journey import opening
     from varcas.validate import Validated, validated_text
     from varcas.validate import validate as run_validate
 
-    answer: Validated = run_validate(load_experiment(experiment), lambda text: print(text, file=sys.stderr))
+    answer: Validated = run_validate(opening(load_experiment(experiment)), lambda text: print(text, file=sys.stderr))
     _print(answer, as_json, validated_text(answer))
     if not answer.baseline_ok:
         raise typer.Exit(InputError.exit_code)
@@ -474,11 +535,12 @@ def roofline(
 
     Example: `varcas roofline experiments/llama2_7b_awq_t4.yaml --gpu T4 --gpu L4 --gpu A10G`
     """
+    from varcas.journey import opening
     from varcas.limits import roofline_report
     from varcas.limits_text import roofline_text
 
     answer = roofline_report(
-        load_experiment(experiment),
+        opening(load_experiment(experiment)),
         gpu or (),
         results=results,
         engine_version=vllm,
@@ -554,7 +616,14 @@ def _slo(pairs: list[str]) -> dict[str, float]:
     return limits
 
 
-def _with(experiment: Experiment, *, results: Path | None, trials: int | None, repeats: int | None) -> Experiment:
+def _with(
+    experiment: Experiment,
+    *,
+    results: Path | None,
+    trials: int | None,
+    repeats: int | None,
+    engine: Engine | None = None,
+) -> Experiment:
     """The experiment with the command line's values over the file's."""
     study = {key: new for key, new in (("trials", trials), ("repeats", repeats)) if new is not None}
     changed: dict[str, Any] = {}
@@ -562,6 +631,8 @@ def _with(experiment: Experiment, *, results: Path | None, trials: int | None, r
         changed["study"] = Study.model_validate({**experiment.study.model_dump(), **study})
     if results is not None:
         changed["results"] = str(results)
+    if engine is not None:
+        changed["engine"] = engine.value
     return experiment.model_copy(update=changed)
 
 

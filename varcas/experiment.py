@@ -378,6 +378,73 @@ Objectives = Annotated[
 ]
 
 
+def _flag_names(flags: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError: a name that is none, or is varcas's own."""
+    for flag in flags:
+        if flag in OWN_FLAGS:
+            raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
+        if not FLAG.match(flag):
+            fixed = flag.strip("-").replace("-", "_").lower()
+            raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
+    return flags
+
+
+class Simulation(BaseModel):
+    """What a simulated engine cannot know by itself."""
+
+    model_config = STRICT
+    engine_version: str | None = Field(
+        default=None, description="of vLLM to simulate (default: the one installed here, else 0.32.0)"
+    )
+    acceptance: float = Field(
+        default=0.4,
+        ge=0,
+        le=1,
+        description="probability that a drafted token is accepted: an assumption, no measurement",
+    )
+    start_sd_frac: float = Field(
+        default=0.02, ge=0, description="standard deviation of a server start's own speed, as measured ones differ"
+    )
+    calibrate_from: list[str] = Field(
+        default_factory=list, description="results directories whose measurements tell step times, beside `results`"
+    )
+
+
+class Claim(BaseModel):
+    """What somebody said of a configuration, to be held against what is found."""
+
+    model_config = STRICT
+    said: str = Field(min_length=1, description="in the words of who said it")
+    flags: Flags = Field(default_factory=dict, description="what it sets over the phase's base; none: the base itself")
+    helps: bool | None = Field(default=None, description="whether it was said to help; null: it was said not to run")
+    figures: dict[str, float] = Field(default_factory=dict, description="column of `trials` to the figure given")
+    note: str | None = Field(default=None, description="what is known of it beside this study, with its source")
+
+
+class Phase(BaseModel):
+    """One step of a study: a space of its own, searched from the winner of the steps before."""
+
+    model_config = STRICT
+    name: str = Field(pattern=NAME, max_length=40, description="its study is NAME.PHASE")
+    why: str | None = Field(default=None, description="in a sentence")
+    model: str | None = Field(default=None, min_length=1, description="another one than the experiment's")
+    revision: str | None = Field(default=None, description="of that")
+    hardware: Hardware | None = Field(default=None, description="other than the experiment's")
+    serve: Flags = Field(default_factory=dict, description="flags laid over the winner so far; null: left out")
+    space: dict[str, SpaceEntry] = Field(default_factory=dict, description="flags to search")
+    enqueue: list[Flags] = Field(default_factory=list, description="configurations to try first: flags over the base")
+    trials: int | None = Field(default=None, ge=1, description="in place of `study.trials`")
+    keep: bool = Field(default=True, description="its winner becomes the base of the next phases")
+    claims: list[Claim] = Field(default_factory=list, description="what was said before, to be judged")
+    _flag_names = field_validator("serve", "space")(_flag_names)
+
+    @model_validator(mode="after")
+    def _searches(self) -> Self:
+        if not self.space and not self.enqueue:
+            raise ValueError("space: is empty: a phase needs flags to search, or configurations in `enqueue`")
+        return self
+
+
 class Experiment(BaseModel):
     """An experiment file. `varcas schema` prints its JSON Schema."""
 
@@ -390,7 +457,9 @@ class Experiment(BaseModel):
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a hub model")
     hardware: Hardware = Field(default_factory=Hardware, description="which GPUs")
-    engine: Literal["vllm"] = Field(default="vllm", description="what serves")
+    engine: Literal["vllm", "simulated"] = Field(
+        default="vllm", description="what serves: real servers, or a model of them in virtual time (docs/simulated.md)"
+    )
     server: Server = Field(default_factory=Server, description="how a server is started")
     serve: Flags = Field(default_factory=dict, description="fixed flags, spelled as vLLM spells them")
     baseline: Flags = Field(default_factory=dict, description="flags over `serve` of the configuration to beat")
@@ -405,20 +474,16 @@ class Experiment(BaseModel):
         default_factory=lambda: Objective(maximize="output_tokens_per_s"), description="a list means Pareto"
     )
     study: Study = Field(default_factory=Study, description="how much to spend, and how to search")
+    phases: list[Phase] = Field(
+        default_factory=list,
+        description="in place of `space`: searched one after the other, each from the winner so far",
+    )
+    simulation: Simulation = Field(default_factory=Simulation, description="of `engine: simulated` alone")
     results: str = Field(default="results/", description="a local or shared path")
     _origin: str = PrivateAttr(default="")
     _lines: dict[Place, int] = PrivateAttr(default_factory=dict)
 
-    @field_validator("serve", "baseline", "space")
-    @classmethod
-    def _flag_names(cls, flags: dict[str, Any]) -> dict[str, Any]:
-        for flag in flags:
-            if flag in OWN_FLAGS:
-                raise ValueError(f"{flag}: {OWN_FLAGS[flag]}")
-            if not FLAG.match(flag):
-                fixed = flag.strip("-").replace("-", "_").lower()
-                raise ValueError(f"{flag}: no flag name: write {fixed} (underscores, no dashes)")
-        return flags
+    _flag_names = field_validator("serve", "baseline", "space")(_flag_names)
 
     @field_validator("slo", mode="before", json_schema_input_type=dict[str, float] | str)
     @classmethod
@@ -444,6 +509,10 @@ class Experiment(BaseModel):
 
     @model_validator(mode="after")
     def _coherent(self) -> Self:
+        if self.phases and (self.space or self.study.enqueue):
+            raise ValueError("phases: stand in place of `space` and `study.enqueue`: move those into the first phase")
+        if twice := [p.name for at, p in enumerate(self.phases) if p.name in {q.name for q in self.phases[:at]}]:
+            raise ValueError(f"phases: {twice[0]!r} stands twice: give each phase a name of its own")
         if both := sorted(set(self.serve) & set(self.space)):
             raise ValueError(f"{both[0]} stands both in `serve` and in `space`: take it out of one")
         if any(o.metric == "goodput_rps" for o in self.objectives) and not self.slo:
@@ -588,6 +657,10 @@ MODELS: dict[Place, type[BaseModel]] = {
     ("workload", "arrival"): Arrival,
     ("objective",): Objective,
     ("study",): Study,
+    ("simulation",): Simulation,
+    ("phases",): Phase,
+    ("phases", "hardware"): Hardware,
+    ("phases", "claims"): Claim,
 }
 
 

@@ -61,10 +61,8 @@ from varcas.memory import (
     Memory,
     Serve,
     ceiling_kv_tokens,
-    cpu_cache_bytes,
-    cpu_memory,
     kv_bytes_per_token,
-    memory,
+    served_memory,
     settings,
     whole,
 )
@@ -526,11 +524,7 @@ def _tokens_at_most(model: ModelSpec, serve: Serve, known: Room | None) -> int |
 
 
 def _memory(case: _Case, serve: Serve) -> Memory:
-    if not case.gpu.measured:
-        return memory(case.model, case.gpu, serve)
-    if (space := cpu_cache_bytes(case.site.env)) is not None:  # it goes before the flag
-        serve = replace(serve, kv_cache_memory_bytes=space)
-    return cpu_memory(case.model, serve, case.gpu.cuda_bytes)
+    return served_memory(case.model, case.gpu, serve, case.site.env)
 
 
 def _bound_of(step: Step, gpu: GpuSpec) -> Bound:

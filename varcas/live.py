@@ -67,6 +67,11 @@ def proposal_text(row: TrialRow) -> str:
 
 def verdict_text(row: TrialRow) -> str:
     """A few words on a row: `ok`, `slo missed`, the failure kind, `not valid`; what was left unfinished."""
+    said = _verdict_text(row)
+    return f"{said}, SIMULATED" if row.simulated else said
+
+
+def _verdict_text(row: TrialRow) -> str:
     if row.state != "complete":
         return row.reason_rule or row.failure_kind or row.state
     if row.valid is False:

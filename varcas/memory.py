@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -178,6 +178,19 @@ def cpu_memory(model: ModelSpec, serve: Serve, total_bytes: int, runtime_bytes: 
     if serve.kv_cache_memory_bytes is not None:
         left = np.full_like(left, serve.kv_cache_memory_bytes)
     return _filled(model, serve, budget, weights, zero, zero, zero, extra, left)
+
+
+def served_memory(model: ModelSpec, gpu: GpuSpec, serve: Serve, env: Mapping[str, str]) -> Memory:
+    """`memory` on a GPU; on a CPU `cpu_memory`, with the cache that the environment gives before what the flag does.
+
+    Raises:
+        InputError: a `kv_cache_dtype` that is not described here, or a cache of the environment that vLLM refuses.
+    """
+    if not gpu.measured:
+        return memory(model, gpu, serve)
+    if (space := cpu_cache_bytes(env)) is not None:
+        serve = replace(serve, kv_cache_memory_bytes=space)
+    return cpu_memory(model, serve, gpu.cuda_bytes)
 
 
 def packed_output_bytes(model: ModelSpec, serve: Serve) -> int:

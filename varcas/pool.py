@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Hardware
@@ -67,6 +67,42 @@ class Slots:
 
 class LostServiceError(VarcasError):
     """The worker of a service died, with its node or alone."""
+
+
+class Workers(Protocol):
+    """Where trials run, as a sweep uses it: `Pool` on Ray, `inprocess.InProcessPool` in the driver."""
+
+    slots: Slots
+
+    @property
+    def busy(self) -> bool:
+        """Something is running."""
+
+    def has_room(self, num_gpus: int = 1) -> bool:
+        """Whether work that needs `num_gpus` would start now."""
+
+    def submit(self, key: str, work: Work, payload: Any, num_gpus: int = 1) -> None:
+        """Starts `work(payload, cancelled)`."""
+
+    def prepare(self) -> None:
+        """Makes the next start quicker, where that can be."""
+
+    def finished(self, timeout_s: float = 1.0) -> list[Finished]:
+        """What ended; waits up to `timeout_s` for it."""
+
+    def service(self, make: Callable[..., Any], *args: Any) -> Any:
+        """An object on a worker node."""
+
+    def call(
+        self, service: Any, method: str, *args: Any, timeout_s: float, stopping: threading.Event | None = None
+    ) -> Any:
+        """Calls a method of a service."""
+
+    def dismiss(self, service: Any) -> None:
+        """Ends a service."""
+
+    def cancel(self) -> None:
+        """Asks all running work to end; it still comes back through `finished`."""
 
 
 class _Worker:

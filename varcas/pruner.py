@@ -379,7 +379,7 @@ def site_of(
     return Site(
         model=model,
         config=config,
-        drafts={name: found for name in _draft_names(experiment) if (found := _local_model(name)) is not None},
+        drafts={name: found for name in draft_names(experiment) if (found := _local_model(name)) is not None},
         gpu=gpu,
         on_cpu=on_cpu,
         host_memory_bytes=facts.host_memory_bytes if facts is not None else None,
@@ -420,8 +420,8 @@ def _local_model(directory: str) -> ModelSpec | None:
     return _described(_json_mapping(config_text(str(Path(directory).expanduser()))), directory)
 
 
-def _draft_names(experiment: Experiment) -> set[str]:
-    """Draft models that some configuration names."""
+def draft_names(experiment: Experiment) -> set[str]:
+    """Draft models and tokenizers that some configuration names."""
     entry = experiment.space.get("speculative_config")
     choices = entry.choices if isinstance(entry, Choices) else []
     given = [experiment.serve, experiment.baseline, *experiment.study.enqueue]

@@ -15,6 +15,7 @@ from varcas.experiment import Experiment, Objective
 from varcas.metrics import MAX_EXCESS, Gain, compare
 from varcas.pruner import OTHER_REASONS, refutations
 from varcas.records import LATENCY_METRICS, RATE_METRICS, TrialRow
+from varcas.rules import speculation
 
 LARGE_RATIO = 2.0
 """From here on a gain is written as a ratio."""
@@ -119,10 +120,43 @@ def value(row: TrialRow, objective: Objective) -> float | None:
 
 
 def usable(row: TrialRow, objective: Objective | None = None) -> bool:
-    """Measured, to be believed, within the SLO, and not ranked by the latency of a server that was overrun."""
-    return (
-        row.state == "complete" and row.valid is not False and row.slo_met is not False and not overrun(row, objective)
-    )
+    """Measured, to be believed, within the SLO, and not ranked by what is not a figure of its own.
+
+    That is the latency of a server that was overrun, and anything that hangs on a made-up acceptance of drafts.
+    """
+    believed = row.state == "complete" and row.valid is not False and row.slo_met is not False
+    return believed and not overrun(row, objective) and not has_unreal_acceptance(row)
+
+
+ACCEPTANCE_NOT_REAL = "acceptance_not_real"
+"""Begins the warning of a row whose speed hangs on how many drafts were accepted, where that is not real text's."""
+
+
+def unreal_acceptance(flags: Mapping[str, JsonValue], *, simulated: bool, acceptance: float) -> str | None:
+    """Why the acceptance of drafts in a measurement is not real; None where it is, or nothing is drafted.
+
+    Args:
+        flags: of the configuration.
+        simulated: no server was measured.
+        acceptance: that a simulated one assumes.
+    """
+    told = speculation(flags)
+    if not told:
+        return None
+    if simulated:
+        why = f"assumed to be {acceptance:g} a token"
+    elif told.get("rejection_sample_method") == "synthetic":
+        why = "set by rejection_sample_method: synthetic"
+    elif has_random_weights(flags):
+        why = "of random weights (load_format: dummy)"
+    else:
+        return None
+    return f"{ACCEPTANCE_NOT_REAL}: {why}; never recommended"
+
+
+def has_unreal_acceptance(row: TrialRow) -> bool:
+    """The row says so (`unreal_acceptance`)."""
+    return any(text.startswith(ACCEPTANCE_NOT_REAL) for text in row.warnings)
 
 
 def overrun(row: TrialRow, objective: Objective | None) -> bool:
@@ -539,7 +573,7 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         again: the command that confirms a winner that is unconfirmed.
     """
     lines = [
-        f"# {answer.study}: {answer.verdict.replace('_', ' ')}",
+        f"# {answer.study}: {answer.verdict.replace('_', ' ')}" + (" (SIMULATED)" if answer.simulated else ""),
         "",
         answer.headline[:1].upper() + answer.headline[1:] + ".",
         "",
@@ -557,7 +591,9 @@ def as_text(answer: Recommendation, again: str | None = None) -> str:
         ]
     if answer.command:
         unsure = answer.verdict == "unconfirmed"
-        lines += ["", "Deploy (unconfirmed):" if unsure else "Deploy:", f"  {answer.script or answer.command}"]
+        marks = [*(["SIMULATED: never measured"] if answer.simulated else []), *(["unconfirmed"] if unsure else [])]
+        head = f"Deploy ({', '.join(marks)}):" if marks else "Deploy:"
+        lines += ["", head, f"  {answer.script or answer.command}"]
         lines += ["", "To confirm it:", f"  {again}"] if unsure and again else []
     if answer.front:
         lines += ["", "Pareto front:"]

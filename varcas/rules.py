@@ -650,7 +650,7 @@ WITHOUT_MODEL = ("ngram", "[ngram]", "ngram_gpu", "suffix", "extract_hidden_stat
 NEEDS_MODEL = ("draft_model", "eagle", "eagle3", "medusa", "mlp_speculator", "dflash")
 
 
-def _speculation(flags: Flags) -> Mapping[str, JsonValue] | None:
+def speculation(flags: Flags) -> Mapping[str, JsonValue] | None:
     """What speculative decoding is told; empty without it, None when it is not understood."""
     if _SPECULATION_NAMES.isdisjoint(flags):
         return {}
@@ -670,12 +670,12 @@ def _speculation(flags: Flags) -> Mapping[str, JsonValue] | None:
 
 def _drafted(flags: Flags) -> int | None:
     """The most tokens that a step drafts for a sequence; 0 without speculation, None when unknown."""
-    told = _speculation(flags)
+    told = speculation(flags)
     return told if told is None else (_integer(told, "num_speculative_tokens") if told else 0)
 
 
 def _speculation_without_model(site: Site, flags: Flags) -> str | None:
-    told = _speculation(flags)
+    told = speculation(flags)
     if not told or told.get("model") is not None or _integer(told, "num_speculative_tokens") is None:
         return None
     method = told.get("method")
@@ -685,7 +685,7 @@ def _speculation_without_model(site: Site, flags: Flags) -> str | None:
 
 
 def _speculation_without_count(site: Site, flags: Flags) -> str | None:
-    told = _speculation(flags)
+    told = speculation(flags)
     if not told or told.get("method") not in ("ngram", "[ngram]", "ngram_gpu"):
         return None
     count = told.get("num_speculative_tokens")
@@ -696,7 +696,7 @@ def _speculation_without_count(site: Site, flags: Flags) -> str | None:
 
 
 def _lookup_reversed(site: Site, flags: Flags) -> str | None:
-    told = _speculation(flags) or {}
+    told = speculation(flags) or {}
     least, most = _integer(told, "prompt_lookup_min"), _integer(told, "prompt_lookup_max")
     if told.get("method") not in ("ngram", "[ngram]", "ngram_gpu") or least is None or most is None or least <= most:
         return None
@@ -705,7 +705,7 @@ def _lookup_reversed(site: Site, flags: Flags) -> str | None:
 
 def _with_model(flags: Flags, methods: tuple[str, ...]) -> Mapping[str, JsonValue]:
     """What is told of speculation by another model with one of these methods; empty for anything else."""
-    told = _speculation(flags) or {}
+    told = speculation(flags) or {}
     name = told.get("model")
     if not isinstance(name, str) or name in WITHOUT_MODEL or told.get("method") not in (None, *methods):
         return {}
@@ -743,14 +743,14 @@ def _draft_ranks(site: Site, flags: Flags) -> str | None:
 
 
 def _draft_named_ranks(site: Site, flags: Flags) -> str | None:
-    told = _speculation(flags) or {}
+    told = speculation(flags) or {}
     if told.get("tensor_parallel_size") is None:
         return None
     return "speculative_config: tensor_parallel_size: it is called draft_tensor_parallel_size there"
 
 
 def _async_with_lookup(site: Site, flags: Flags) -> str | None:
-    told = _speculation(flags) or {}
+    told = speculation(flags) or {}
     if flags.get("async_scheduling") is not True or told.get("method") not in ("ngram", "[ngram]", "suffix", "medusa"):
         return None
     return f"async_scheduling: true does not go with speculative method {told['method']}"

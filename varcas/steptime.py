@@ -6,9 +6,10 @@
     t = host + device, or where the host runs ahead of the device, max(host, device)
 
 Matrices and attention are kernels that run one after the other, so their times add; within a kernel, traffic hides
-behind arithmetic or the other way round. The host runs ahead when it launches a GPU's kernels one by one (eager): the
-longer of the two sets the pace. The shares f and the overheads are `Efficiency`: fitted by `calibration`, else a prior.
-An estimate, never for hard rules. Vectorised over batch, context and prompt tokens of the step.
+behind arithmetic or the other way round, but on a CPU, where the two add up. The host runs ahead when it launches a
+GPU's kernels one by one (eager): the longer of the two sets the pace. The shares f and the overheads are `Efficiency`:
+fitted by `calibration`, else a prior. An estimate, never for hard rules. Vectorised over batch, context and
+prompt tokens of the step.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Efficiency:
         compute_frac: share of peak FLOP/s.
         request_s: of a request, before its first step: HTTP, tokenising, queueing.
         overlaps: the host's part of a step runs while the device works.
+        adds: traffic does not hide behind arithmetic: a CPU's cores do one after the other.
     """
 
     overhead_s: float
@@ -56,6 +58,7 @@ class Efficiency:
     compute_frac: float
     request_s: float
     overlaps: bool = field(default=False, kw_only=True)
+    adds: bool = field(default=False, kw_only=True)
 
 
 PARAMETERS = ("overhead_s", "sequence_s", "weights_frac", "attention_frac", "compute_frac", "request_s")
@@ -96,8 +99,9 @@ class Parts:
     def seconds(self, efficiency: Efficiency) -> Floats:
         """The time of the step, or of a request's first token."""
         e = efficiency
-        matrices = np.maximum(self.weights_s / e.weights_frac, self.matrices_s / e.compute_frac)
-        attention = np.maximum(self.cache_s / e.attention_frac, self.scores_s / e.compute_frac)
+        together = np.add if e.adds else np.maximum
+        matrices = together(self.weights_s / e.weights_frac, self.matrices_s / e.compute_frac)
+        attention = together(self.cache_s / e.attention_frac, self.scores_s / e.compute_frac)
         host, device = e.overhead_s + self.sequences * e.sequence_s, matrices + attention + self.links_s
         step = np.maximum(host, device) if e.overlaps else host + device
         return np.asarray(step + self.requests * e.request_s, dtype=np.float64)
@@ -257,6 +261,51 @@ class StepTimes:
     ) -> Floats:
         """The time of a step; arguments as `parts`."""
         return self.parts(batch, context, prefill_tokens, cached, prompts).seconds(efficiency)
+
+
+class StepClock:
+    """`StepTimes.seconds` of one efficiency for whole numbers of tokens, some hundred times as fast: the same tables.
+
+    For the simulator, which asks step after step. No more tokens than were tabulated: `max_num_batched_tokens`, or
+    `max_num_seqs` where that is more. `tests/test_steptime.py` holds the two equal.
+
+    Args:
+        times: work and traffic of the steps.
+        efficiency: what of the peaks is attained.
+    """
+
+    def __init__(self, times: StepTimes, efficiency: Efficiency) -> None:
+        e, bandwidth = efficiency, times.gpu.memory_bytes_per_s
+        rows = np.arange(len(times.rows_s), dtype=np.float64)
+        self._weights_s: list[float] = (times.rows_bytes / bandwidth / e.weights_frac).tolist()
+        self._matrices_s: list[float] = (times.rows_s * times.cost(rows) / e.compute_frac).tolist()
+        self._cache_s: list[float] = (times.cache_bytes / bandwidth / e.attention_frac).tolist()
+        self._scores_s: list[float] = (times.scores_flops / times.scores_peak / e.compute_frac).tolist()
+        self._logits_s, self._links_s = times.logits_s / e.compute_frac, times.links_s
+        self._overhead_s, self._sequence_s, self._overlaps = e.overhead_s, e.sequence_s, e.overlaps
+        self._adds = e.adds
+
+    def seconds(
+        self, batch: int, context: float, prefill_tokens: int = 0, cached: float = 0.0, prompts: int = 1
+    ) -> float:
+        """The time of a step; arguments as `StepTimes.parts`."""
+        rows, sequences = batch + prefill_tokens, batch + (prompts if prefill_tokens else 0)
+        weights, products = self._weights_s[rows], self._matrices_s[rows] + sequences * self._logits_s
+        cache = batch * _look(self._cache_s, context)
+        scores = batch * (_look(self._scores_s, context + 1) - _look(self._scores_s, context))
+        if prefill_tokens:
+            each = prefill_tokens / max(prompts, 1)
+            cache += prompts * (_look(self._cache_s, cached) + (each - 1) * self._cache_s[0])
+            scores += prompts * (_look(self._scores_s, cached + each) - _look(self._scores_s, cached))
+        host, device = self._overhead_s + sequences * self._sequence_s, rows * self._links_s
+        device += weights + products + cache + scores if self._adds else max(weights, products) + max(cache, scores)
+        return max(host, device) if self._overlaps else host + device
+
+
+def _look(table: list[float], index: float) -> float:
+    """`_at` of one number."""
+    low = min(int(index), len(table) - 2)
+    return table[low] + (index - low) * (table[low + 1] - table[low])
 
 
 def _plain_awq_cost(rows: Floats) -> Floats:

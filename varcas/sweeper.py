@@ -20,20 +20,30 @@ from varcas.engine.fetch import check_local_model, is_local, weights_problem
 from varcas.engine.node import Checked, Node, NodeFacts
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
-from varcas.experiment import Experiment
+from varcas.experiment import Experiment, Hardware
 from varcas.export import write_scripts
+from varcas.inprocess import InProcessPool
 from varcas.measurement import cut_short
 from varcas.metrics import constraints_of, summarise
 from varcas.order import NUM_ORDERED, Order, first_proposals
-from varcas.pool import Finished, LostServiceError, Pool, in_ray_job
+from varcas.pool import Finished, LostServiceError, Pool, Workers, in_ray_job
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import MEASUREMENT_VERSION, Outcome, Purpose, StageTimes, TrialRow
-from varcas.report import Recommendation, confirmations, described, find, recommend
+from varcas.report import (
+    Recommendation,
+    confirmations,
+    described,
+    find,
+    recommend,
+    unreal_acceptance,
+)
 from varcas.rules import Site
+from varcas.simulated import Simulator, unmodelled
 from varcas.space import ServingConfig, Space, server_python
 from varcas.store import Store
 from varcas.study import Proposal, Study, make_sampler, open_study
 from varcas.trial import TrialTask, run_trial
+from varcas.validity import UNCHECKED
 from varcas.workload.schedule import check_workload, identity
 
 POLL_S = 0.25
@@ -52,6 +62,8 @@ MAX_LISTED = 10_000
 NOT_ASKED = Checked(ok=True)
 """Of a configuration that was ruled out before vLLM was asked."""
 TOO_LATE = ". The search had ended by then: raise `study.trials` to try what that rule had ruled out"
+SIMULATED_S = 1.0
+"""Of a simulated start with its load, at most; for the plan."""
 STOP_S = 3.0
 """Of a server, its load and the wait for its memory, as measured; for the plan."""
 
@@ -122,6 +134,7 @@ def sweep(
     stopping: threading.Event | None = None,
     run: Run = run_trial,
     node: Callable[..., Any] = Node,
+    pool: Callable[[Hardware], Workers] | None = None,
     **ray_options: Any,
 ) -> Recommendation:
     """Searches the experiment's space on real servers and returns what to deploy; resumes where it was stopped.
@@ -134,6 +147,7 @@ def sweep(
         stopping: set it to end early: running servers are stopped, everything measured so far is kept.
         run: what measures one configuration, `trial.run_trial` unless a benchmark measures varcas itself.
         node: what answers for a worker node, likewise.
+        pool: where trials run in place of Ray; the simulated engine takes `inprocess.InProcessPool`.
         ray_options: further arguments of `ray.init` for a local Ray.
 
     Raises:
@@ -144,14 +158,51 @@ def sweep(
     with (
         located(experiment),
         Store(experiment.results) as store,
-        Pool(experiment.hardware, address, **ray_options) as pool,
+        _pool(experiment, address, pool, ray_options) as workers,
     ):
+        simulator = simulator_of(experiment, store) if experiment.engine == "simulated" else None
+        if simulator is not None:
+            run, node = simulator.run, simulator.node
+            on_event(Event("note", text=_simulated_note(experiment, simulator)))
         stop = stopping or threading.Event()
-        sweeper = Sweeper(experiment, space, store, pool, budget_s, on_event, stop, run, node)
+        sweeper = Sweeper(experiment, space, store, workers, budget_s, on_event, stop, run, node)
         with sweeper:
             sweeper.search()
             sweeper.confirm()
             return sweeper.answer()
+
+
+def _pool(
+    experiment: Experiment,
+    address: str | None,
+    make: Callable[[Hardware], Workers] | None,
+    ray_options: Mapping[str, Any],
+) -> contextlib.AbstractContextManager[Workers]:
+    if experiment.engine == "simulated" or make is not None:
+        return contextlib.nullcontext((make or InProcessPool)(experiment.hardware))
+    return Pool(experiment.hardware, address, **ray_options)
+
+
+def simulator_of(experiment: Experiment, store: Store) -> Simulator:
+    """What simulates an experiment, calibrated by the real measurements of its store and of those that it names.
+
+    Raises:
+        InputError: it cannot be simulated, or a directory that it names holds no results.
+    """
+    stores = [store, *(Store(path, readonly=True) for path in experiment.simulation.calibrate_from)]
+    owner = {row.trial_id: held for held in stores for row in held.rows()}
+    rows = {row.trial_id: row for held in stores for row in held.rows()}
+    return Simulator.of(experiment, rows.values(), lambda trial_id: owner[trial_id].requests(trial_id))
+
+
+def _simulated_note(experiment: Experiment, simulator: Simulator) -> str:
+    flags = {**experiment.serve, **experiment.baseline}
+    named = unmodelled({*flags, *experiment.space})
+    said = f"; without effect here: {', '.join(named)}" if named else ""
+    return (
+        f"SIMULATED: no server is started. vLLM {simulator.version} on {simulator.gpu.name}; step times of the "
+        f"baseline from {simulator.basis(flags)}{said}"
+    )
 
 
 def check(experiment: Experiment) -> Space:
@@ -206,7 +257,7 @@ class Sweeper:
         experiment: Experiment,
         space: Space,
         store: Store,
-        pool: Pool,
+        pool: Workers,
         budget_s: float | None,
         on_event: Callable[[Event], None],
         stopping: threading.Event,
@@ -214,7 +265,7 @@ class Sweeper:
         node: Callable[..., Any],
     ) -> None:
         self.experiment, self.space, self.store, self.pool = experiment, space, store, pool
-        self._make_node = node
+        self._make_node, self._simulated = node, experiment.engine == "simulated"
         self._workload = identity(experiment.workload)
         self._emit, self._stopping, self._run = on_event, stopping, run
         self._deadline_s = None if budget_s is None else time.monotonic() + budget_s
@@ -325,6 +376,7 @@ class Sweeper:
             "workload": self._workload,
             "slo": dict(e.slo),
             "objective": [json.loads(o.model_dump_json()) for o in e.objectives],
+            **({"simulation": json.loads(e.simulation.model_dump_json())} if self._simulated else {}),
         }
 
     # search
@@ -608,7 +660,8 @@ class Sweeper:
         """What is about to be spent, from the start times that this study's store has seen."""
         workload, study = self.experiment.workload, self.experiment.study
         measured = [row.server_start_s for row in self._rows if row.server_start_s and row.state == "complete"]
-        guess = GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
+        guess = 0.0 if self._simulated else GUESSED_START_S["gpu" if self.pool.slots.on_gpu else "cpu"]
+        load_s = workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S
         size, survey = self.space.size(), self.pruner.survey()
         may_work = size if survey is None else len(survey.left)
         searches = study.trials if may_work is None else min(study.trials, may_work + 1)
@@ -621,7 +674,7 @@ class Sweeper:
             search_left=max(0, searches - done),
             confirm_starts=2 * study.repeats if len(self.experiment.objectives) == 1 else 0,
             start_s=statistics.median(measured) if measured else guess,
-            load_s=workload.warmup_s + workload.duration_s + workload.max_drain_s + STOP_S,
+            load_s=SIMULATED_S if self._simulated else load_s,
             budget_s=self._budget_s,
             width=self.pool.slots.num_gpus,
             ruled_out=survey.by_rule if survey is not None else {},
@@ -701,7 +754,17 @@ class Sweeper:
         outcome: Outcome = finished.result
         columns = outcome_columns(outcome, self.experiment)
         columns["overhead_s"] = max(0.0, wall_s - _staged_s(outcome.times))
+        found = [text for text in columns.get("warnings", []) if not (self._simulated and text.startswith(UNCHECKED))]
+        columns["warnings"] = [*found, *self._own_warnings(job.proposal.config)]
         return self._row(job, **columns), outcome
+
+    def _own_warnings(self, config: ServingConfig) -> list[str]:
+        """What is to be said of a measurement because of how it was made."""
+        acceptance = self.experiment.simulation.acceptance
+        said = unreal_acceptance(config.flags, simulated=self._simulated, acceptance=acceptance)
+        named = unmodelled(config.flags) if self._simulated else []
+        text = f"without effect in a simulated engine: {', '.join(named)}"
+        return [*([said] if said else []), *([text] if named else [])]
 
     def _row(self, job: Job, **columns: Any) -> TrialRow:
         e, config, workload = self.experiment, job.proposal.config, self.experiment.workload
@@ -725,6 +788,7 @@ class Sweeper:
             "model_revision": self.facts.model_revision,
             "engine": e.engine,
             "engine_version": self.facts.engine_version,
+            "simulated": self._simulated,
             "workload_json": workload.model_dump_json(),
             "profile": workload.name,
             "rate_rps": workload.mean_rps and float(workload.mean_rps),

@@ -42,6 +42,8 @@ SERVER_TOLERANCE_FRAC = 0.05
 SERVER_TOLERANCE_MS = 5.0
 SERVER_COUNT_TOLERANCE_FRAC = 0.02
 SERVER_MEANS = ("ttft", "itl", "e2e")
+UNCHECKED = "not cross-checked"
+"""Begins the warning of a measurement that the server's own figures could not be held against."""
 
 
 def _sent_late(columns: Mapping[str, Any]) -> str | None:
@@ -285,7 +287,7 @@ def growth(ordered: list[Sample], name: str) -> float | None:
 def _disagreements(columns: Mapping[str, Any], requests: Requests, ordered: list[Sample]) -> list[str]:
     """Where the server's own means differ from ours by more than its own place in the path explains."""
     if all(columns[f"server_{name}_mean_ms"] is None for name in SERVER_MEANS):
-        return [f"not cross-checked: {_why_not(ordered)}"]
+        return [f"{UNCHECKED}: {_why_not(ordered)}"]
     found = []
     for name, (mean_ms, count) in _client_means(requests).items():
         theirs_ms, seen = columns[f"server_{name}_mean_ms"], _server_mean(ordered, name)[1]
