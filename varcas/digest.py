@@ -39,6 +39,8 @@ from varcas.report import (
 Cell = str | int | float | bool | None
 Row = dict[str, Any]
 
+SEARCHED = ("baseline", "search", "audit")
+"""Purposes of rows that the search made; others were chosen by what those had shown."""
 MOST_AXES = 8
 """Flags on the parallel coordinates: those that matter most."""
 MOST_POINTS = 240
@@ -450,7 +452,7 @@ def _best_so_far(e: Evidence) -> list[Row]:
 
 def _searched(e: Evidence) -> list[TrialRow]:
     """Rows of the search, in order."""
-    return sorted((row for row in e.rows if row.purpose not in ("confirm", "load")), key=lambda row: row.number)
+    return sorted((row for row in e.rows if row.purpose in SEARCHED), key=lambda row: row.number)
 
 
 def _shown_value(row: TrialRow, objective: Objective) -> float | None:
@@ -508,11 +510,7 @@ def front_of(rows: Sequence[TrialRow], x: str, y: str) -> set[str]:
 
 def _trade_off(e: Evidence) -> Section | None:
     x, y = axes_of(e)
-    rows = [
-        row
-        for row in e.rows
-        if row.purpose not in ("confirm", "load") and row.state == "complete" and row.valid is not False
-    ]
+    rows = [row for row in e.rows if row.purpose in SEARCHED and row.state == "complete" and row.valid is not False]
     both = [row for row in rows if getattr(row, x) is not None and getattr(row, y) is not None]
     if len(both) < 2 or x == y:
         return None
@@ -578,7 +576,7 @@ def measured(rows: Sequence[TrialRow], objective: Objective) -> list[TrialRow]:
     kept: dict[str, TrialRow] = {}
     for row in rows:
         good = row.state == "complete" and row.valid is not False and not overrun(row, objective)
-        if good and value(row, objective) is not None and row.purpose in ("baseline", "search"):
+        if good and value(row, objective) is not None and row.purpose in SEARCHED:
             kept[row.config_hash] = row
     return list(kept.values())
 
