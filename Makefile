@@ -9,7 +9,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_FROM := $(if $(wildcard $(PIP_FIND_LINKS)/torch-2.13.0+cpu-*),--find-links $(PIP_FIND_LINKS),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)
 PY ?= python3
 
-.PHONY: setup quickstart test check docs bench bench-load bench-search clean
+.PHONY: setup quickstart test check docs docs-site bench bench-load bench-search clean
 setup: $(VENV)/.ready ## install everything into .venv: varcas, vLLM's CPU build, the tools
 
 $(UV):
@@ -42,6 +42,9 @@ check: $(VENV)/.ready ## format, lint, types, layers, generated docs
 
 docs: $(VENV)/.ready ## write the generated pages anew
 	$(BIN)/python docs/generate.py
+
+docs-site: docs ## the documentation as a site, in site/; a broken link fails
+	$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/.ready ## varcas's own overhead: driver, pool, store
 	$(BIN)/python benchmarks/driver_overhead.py

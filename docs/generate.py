@@ -14,8 +14,22 @@ from pydantic.fields import FieldInfo
 
 from varcas.cli import app
 from varcas.engine.failures import FAILURES
-from varcas.experiment import Arrival, Choices, Experiment, Hardware, Objective, Range, Server, Study, Workload
-from varcas.records import RequestRecord, Sample, TrialRow
+from varcas.experiment import (
+    OBJECTIVES,
+    Arrival,
+    Choices,
+    Experiment,
+    Hardware,
+    Objective,
+    Range,
+    Server,
+    Study,
+    Workload,
+)
+from varcas.gpus import GIB, catalogue
+from varcas.metrics import split_key
+from varcas.records import LATENCY_METRICS, RequestRecord, Sample, TrialRow
+from varcas.rules import LOOSE, RULES
 from varcas.store import SCHEMAS
 
 DOCS = Path(__file__).parent
@@ -115,11 +129,79 @@ def failures_page() -> Iterator[str]:
         yield f"| `{failure.kind}` | {'yes' if failure.retry else 'no'} | {failure.hint} |"
 
 
+def metrics_page() -> Iterator[str]:
+    """What each metric is, its unit and what it may be used for."""
+    yield "# Metrics\n"
+    yield "Columns of `trials` that hold a measured figure. [measurement.md](measurement.md) has each one's clock,"
+    yield "window and formula; *objective* says which way is better where it can be one,"
+    yield "*SLO* that it can have a limit.\n"
+    yield "| metric | unit | objective | SLO | what it is |\n|---|---|---|---|---|"
+    for name, field in TrialRow.model_fields.items():
+        if field.annotation in (float | None, int | None) and (unit := _unit(name)):
+            way, limit = OBJECTIVES.get(name, ""), "yes" if name in LATENCY_METRICS else ""
+            yield f"| `{name}` | {unit} | {way} | {limit} | {field.description or _latency(name)} |"
+
+
+UNITS = {
+    "_per_s": "1/s", "_rps": "requests/s", "_ms": "ms", "_frac": "share, 0 to 1", "_j": "J", "_w": "W", "_mhz": "MHz",
+    "_c": "°C", "_bytes": "bytes", "_s": "s", "_tokens": "tokens", "usd_per_m_output_tokens": "USD per million",
+}  # fmt: skip
+"""End of a column's name to its unit; the longest that fits."""
+
+
+def _unit(name: str) -> str | None:
+    found = [end for end in UNITS if name.endswith(end)]
+    return UNITS[max(found, key=len)] if found else None
+
+
+def _latency(name: str) -> str:
+    latency, statistic = split_key(name)
+    return f"{statistic.replace('p99_9', 'p99.9')} of {latency}"
+
+
+def rules_page() -> Iterator[str]:
+    """The roofline's rules."""
+    yield "# Rules\n"
+    yield "Why a configuration cannot work, known before it is started. *Hard* rules keep it from being started"
+    yield "(`study.prune`), *soft* ones only warn. *Versions* are those of vLLM that a rule holds for, *evidence*"
+    yield "where a real refusal was seen. [roofline.md](roofline.md) has the formulas; a rule that a measurement"
+    yield "contradicts is switched off for its study.\n"
+    yield "| rule | kind | versions | looks at | evidence | source |\n|---|---|---|---|---|---|"
+    for rule in RULES:
+        own = [f"`{flag}`" for flag in rule.reads if flag not in LOOSE]
+        silent = ", silent where a flag is set that changes what is reckoned" if len(own) < len(rule.reads) else ""
+        reads = ", ".join(own) + silent
+        source = rule.source.replace("|", "\\|")
+        yield f"| `{rule.name}` | {rule.kind} | {rule.versions or 'any'} | {reads} | {rule.evidence} | {source} |"
+
+
+def gpus_page() -> Iterator[str]:
+    """The GPU catalogue."""
+    yield "# GPUs\n"
+    yield "`varcas/gpus.toml`, as `varcas gpus` shows it: datasheets' dense peaks, never a prediction. Figures in"
+    yield "italics were confirmed by no second source. [Your own GPU](own_gpu.md) says how to add one.\n"
+    yield "| GPU | Ray's type | compute capability | memory, GiB | bandwidth, GB/s | fp16 TFLOPS | power, W | source |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for gpu in catalogue().values():
+        capability = f"{gpu.compute_capability / 10:g}" if gpu.compute_capability else "–"
+        figures = {
+            "memory_gib": f"{gpu.memory_bytes / GIB:g}",
+            "memory_gb_per_s": f"{gpu.memory_bytes_per_s / 1e9:g}",
+            "tflops": f"{gpu.peak_flops('fp16') / 1e12:g}",
+            "power_w": "–" if gpu.power_w is None else f"{gpu.power_w:g}",
+        }
+        shown = [f"*{text}*" if name in gpu.unverified else text for name, text in figures.items()]
+        yield f"| {gpu.name} | {gpu.ray or '–'} | {capability} | {' | '.join(shown)} | <{gpu.source}> |"
+
+
 PAGES: dict[str, Callable[[], Iterator[str]]] = {
     "cli.md": cli_page,
     "experiment.md": experiment_page,
     "store.md": store_page,
     "failures.md": failures_page,
+    "metrics.md": metrics_page,
+    "rules.md": rules_page,
+    "gpus.md": gpus_page,
 }
 
 

@@ -54,7 +54,8 @@ def row(seqs: int | None, tokens_per_s: float | None = 100.0, **columns: Any) ->
 
 
 def failed(seqs: int | None, kind: str = "out_of_memory", **columns: Any) -> TrialRow:
-    return row(seqs, None, state="failed", failure_kind=kind, failure_detail="words", valid=None, **columns)
+    fixed: dict[str, Any] = {"state": "failed", "failure_kind": kind, "failure_detail": "words", "valid": None}
+    return row(seqs, None, **fixed | columns)
 
 
 def confirm(seqs: int | None, *values: float, **columns: Any) -> list[TrialRow]:

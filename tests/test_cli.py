@@ -17,6 +17,7 @@ from tests.rows import confirm, experiment, failed, row
 from varcas.cli import parse_duration
 from varcas.errors import InputError
 from varcas.live import Progress, reason
+from varcas.records import TrialRow
 from varcas.starts import Event, Plan
 from varcas.store import Store
 
@@ -324,3 +325,48 @@ def test_the_package_lists_what_it_offers() -> None:
         cwd=ROOT,
     )
     assert all(f"'{name}'" in done.stdout for name in ("sweep", "load_experiment", "Results"))
+
+
+def stored(directory: Path, *rows: TrialRow) -> Path:
+    with Store(directory / "results") as store:
+        for found in rows:
+            store.append(found)
+        store.save_study("t", {"fingerprint": {}, "experiment": json.loads(experiment().model_dump_json())})
+    return directory / "results"
+
+
+def test_a_report_is_two_files_and_pictures(tmp_path: Path) -> None:
+    results = stored(tmp_path, row(None, 100), row(8, 130))
+    code, out, err = said("report", "t", "--results", results, "--json")
+    assert code == 0, err
+    paths = [Path(path) for path in json.loads(out)]
+    assert [path.name for path in paths[:2]] == ["report.html", "report.md"]
+    assert all(path.is_file() for path in paths)
+    assert paths[0].parent == results / "studies" / "t"
+    code, _, err = said("report", "u", "--results", results)
+    assert code == 2
+    assert "study 'u': not in" in err
+
+
+def test_an_export_is_the_file_alone_on_stdout(tmp_path: Path) -> None:
+    results = stored(tmp_path, row(None, 100, number=0), row(8, 130, number=1), failed(4, number=2))
+    place = ("t", "--results", results)
+    code, out, err = said("export", *place, "--json")
+    assert code == 0, err
+    assert json.loads(out)["flags"] == {"dtype": "half", "max_num_seqs": 8}
+    code, out, err = said("export", *place, "--format", "k8s", "-o", tmp_path)
+    assert (code, out) == (0, "")
+    assert err.endswith(f"{tmp_path / 'kubernetes_optimized.yaml'}\n")
+    code, out, err = said("export", *place, "--trial", "2", "--port", "9000")
+    assert code == 0
+    assert "--max-num-seqs 4" in out
+    assert "it is failed (out_of_memory)" in err
+    code, out, err = said("export", *place, "--format", "helm")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --format: 'helm': unknown.")
+
+
+def test_nothing_to_deploy_exits_3(tmp_path: Path) -> None:
+    code, out, err = said("export", "t", "--results", stored(tmp_path, failed(None), failed(8)))
+    assert (code, out) == (3, "")
+    assert "nothing to deploy" in err

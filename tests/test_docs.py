@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import typer.main
+import yaml
 
 from varcas.cli import app
 from varcas.engine.failures import FAILURES
 from varcas.experiment import parse_experiment
+from varcas.export import FORMS
+from varcas.gpus import parse_catalogue
 from varcas.journey import opening
+from varcas.rules import RULES
 from varcas.space import Space
 from varcas.study import SAMPLERS
 from varcas.workload.profiles import PROFILES
@@ -58,18 +62,38 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: value[:24])
-def test_yaml_is_an_experiment(place: str, text: str) -> None:
+def test_yaml_is_an_experiment_or_a_cluster(place: str, text: str) -> None:
+    if "apiVersion" in yaml.safe_load(text):
+        job = yaml.safe_load(text)
+        words = shlex.split(job["spec"]["entrypoint"])
+        assert words[:3] == ["python3", "-m", "varcas"]
+        check_command(words[3:])
+        pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+        for pod in pods:
+            spec = pod["template"]["spec"]
+            mounted = {m["name"] for c in spec["containers"] for m in c["volumeMounts"]}
+            assert mounted <= {volume["name"] for volume in spec["volumes"]}
+        return
     assert Space(opening(parse_experiment(text, place))).size()
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("toml"), ids=lambda value: value[:24])
+def test_toml_is_a_table_of_the_gpu_catalogue(place: str, text: str) -> None:
+    assert parse_catalogue(text, place)
 
 
 @pytest.mark.parametrize(("line", "words"), commands(), ids=lambda value: str(value)[:60])
 def test_commands_are_what_the_command_line_takes(line: str, words: list[str]) -> None:
-    root: Any = typer.main.get_command(app)
-    command = root.commands[words[0]]
-    command.make_context(words[0], list(words[1:]))
+    check_command(words)
     for word in words:
         if word.startswith("experiments/"):
             assert (ROOT / word).is_file()
+
+
+def check_command(words: list[str]) -> None:
+    root: Any = typer.main.get_command(app)
+    command = root.commands[words[0]]
+    command.make_context(words[0], list(words[1:]))
 
 
 def test_there_are_commands_and_snippets_to_check() -> None:
@@ -101,7 +125,11 @@ def test_make_targets_in_the_readme_exist() -> None:
     ("page", "names"),
     [
         ("docs/failures.md", [failure.kind for failure in FAILURES]),
-        ("CONTRIBUTING.md", ["FAILURES", "SAMPLERS", "PROFILES", "CANDIDATES"]),
+        ("docs/rules.md", [rule.name for rule in RULES]),
+        ("docs/deploy.md", list(FORMS)),
+        ("docs/index.md", [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "index.md"]),
+        ("zensical.toml", [page.name for page in (ROOT / "docs").glob("*.md")]),
+        ("CONTRIBUTING.md", ["FAILURES", "SAMPLERS", "PROFILES", "CANDIDATES", "FORMS", "SECTIONS", "CHARTS"]),
         ("docs/experiment.md", [*PROFILES, *SAMPLERS]),
     ],
 )

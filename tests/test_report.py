@@ -11,6 +11,7 @@ import pytest
 
 from tests.rows import confirm, experiment, failed, row
 from varcas.experiment import Experiment
+from varcas.export import write_scripts
 from varcas.records import TrialRow
 from varcas.report import (
     as_text,
@@ -20,7 +21,6 @@ from varcas.report import (
     ranked,
     recommend,
     settings_text,
-    write_scripts,
 )
 
 STEADY = [100.0, 101.0, 99.0]

@@ -31,6 +31,7 @@ from varcas.study import (
     FAILED,
     MAX_FRUITLESS,
     SAMPLERS,
+    Beside,
     Proposal,
     Study,
     constraints_of,
@@ -858,6 +859,45 @@ def test_the_dashboard_serves_rows_that_arrive_and_logs(
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_dashboard_has_logs_reports_and_scripts_as_artifacts(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "0.log").write_text("what the server said")
+    (tmp_path / "report.html").write_text("<h1>the report</h1>")
+    (tmp_path / "start_vllm.sh").write_text("#!/bin/sh")
+    desk.record(desk.propose(), log_path=str(tmp_path / "0.log"))
+    desk.record(desk.propose(), log_path=str(tmp_path / "gone.log"))
+    beside = Beside("**better**", (tmp_path / "report.html", tmp_path / "start_vllm.sh", tmp_path / "gone"))
+    with dashboard_server(desk.experiment, lambda: list(desk.rows), 0, lambda: beside) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        study = fetched(f"{url}/api/studies/0")
+        assert study["note"]["body"] == "**better**"
+        held = {meta["filename"]: meta for meta in study["artifacts"]}
+        assert set(held) == {"report.html", "start_vllm.sh"}
+        assert held["report.html"]["mimetype"] == "text/html"
+        with urllib.request.urlopen(f"{url}/artifacts/0/{held['report.html']['artifact_id']}", timeout=5) as response:
+            assert response.read() == b"<h1>the report</h1>"
+        logs = [trial["artifacts"] for trial in study["trials"]]
+        assert [[meta["filename"] for meta in some] for some in logs] == [["0.log"], []]
+        with urllib.request.urlopen(f"{url}/artifacts/0/0/{logs[0][0]['artifact_id']}", timeout=5) as response:
+            assert response.read() == b"what the server said"
+            assert response.headers["Content-Type"].startswith("text/plain")
+        server.shutdown()
+    assert (tmp_path / "0.log").read_text() == "what the server said"
+
+
+def test_a_note_has_the_metrics_and_holds_strangers_text(desk: Desk) -> None:
+    evil = "```\n<img src=x onerror=alert(1)>\n````"
+    desk.record(desk.propose(), output_tokens_per_s=5.25, ttft_p50_ms=40.0)
+    failed = {"state": "failed", "failure_kind": "out_of_memory", "failure_detail": evil, "failure_hint": "<b>less</b>"}
+    desk.record(desk.propose(), **failed, **NOTHING)
+    study = viewed(desk)
+    notes = [optuna_dashboard.get_note(optuna.trial.Trial(study, trial._trial_id)) for trial in study.trials]
+    assert "| output_tokens_per_s | 5.25 |" in notes[0]
+    assert "| ttft_p50_ms | 40.0 |" in notes[0]
+    assert f"`````\n{evil}\n`````" in notes[1]
+    assert "&lt;b&gt;less&lt;/b&gt;" in notes[1]
+
+
 def test_ctrl_c_ends_the_dashboard_without_a_word(shown_desk: Desk, tmp_path: Path) -> None:
     with Store(tmp_path / "results") as store:
         for row in shown_desk.rows:
@@ -867,6 +907,7 @@ def test_ctrl_c_ends_the_dashboard_without_a_word(shown_desk: Desk, tmp_path: Pa
     argv = [sys.executable, "-m", "varcas", "dashboard", "--results", str(tmp_path / "results"), "--port", str(port)]
     child = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
+    assert child.stderr.readline().startswith("report: ")
     said = child.stderr.readline()
     assert said == f"http://127.0.0.1:{port}/ (Ctrl-C ends it)\n"
     assert len(fetched(f"http://127.0.0.1:{port}/api/studies/0")["trials"]) == 7

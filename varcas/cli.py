@@ -186,6 +186,7 @@ def _sweep(
             _interrupted(loaded)
     options = [("--address", address), ("--trials", trials), ("--repeats", max(MIN_STARTS, loaded.study.repeats))]
     confirm = _command("sweep", *place, *(word for name, given in options if given for word in (name, str(given))))
+    _write_report(loaded)
     text = as_text(answer, confirm) if isinstance(answer, Recommendation) else journey_text(answer)
     _print(answer, as_json, text)
     looks = [_command(*words, *_looked_at(loaded, place)) for words in (["results"], ["show", "N"], ["dashboard"])]
@@ -515,6 +516,69 @@ def recommend(study: StudyArg = None, results: ResultsOpt = None, as_json: Json 
 
 
 @app.command()
+def report(
+    study: StudyArg = None,
+    results: ResultsOpt = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="directory [default: studies/STUDY in results]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Writes a study as one HTML page that needs nothing else, and as Markdown. Starts nothing.
+
+    Example: `varcas report experiments/quickstart.yaml -o report/`
+    """
+    from varcas.page import write_report
+    from varcas.results import Results
+
+    paths = write_report(Results(_results_path(study, results)), _study_name(study), output)
+    shown = [str(path) for path in paths if as_json or path.suffix != ".svg"]
+    print(json.dumps(shown) if as_json else "\n".join(shown))
+
+
+@app.command()
+def export(
+    study: StudyArg = None,
+    form: Annotated[
+        str,
+        typer.Option("--format", "-f", help="sh, compose, k8s, systemd, vllm-yaml (for `vllm serve --config`) or json"),
+    ] = "sh",
+    trial: Annotated[int | None, typer.Option(help="this trial's configuration [default: what is recommended]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="file, or directory to write it to [default: stdout]")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="to serve on")] = 8000,
+    image: Annotated[str | None, typer.Option(help="container image [default: vLLM's of the measured version]")] = None,
+    results: ResultsOpt = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the same as --format json")] = False,
+) -> None:
+    """Writes what to deploy as a start script, Compose, Kubernetes, systemd, vLLM's own config file, or JSON.
+
+    No secret is in it: VLLM_API_KEY and HF_TOKEN come from the environment of whoever starts it.
+
+    Example: `varcas export experiments/quickstart.yaml --format compose -o compose.yaml`
+    """
+    from varcas.export import Options, file_name, write_file
+    from varcas.export import export as export_text
+    from varcas.results import Results
+
+    form = "json" if as_json else form
+    found = Results(_results_path(study, results)).deployment(_study_name(study), trial)
+    if found is None:
+        print("nothing to deploy: no configuration meets the SLO or runs; `varcas recommend` says why", file=sys.stderr)
+        raise typer.Exit(EXIT_NO_ANSWER)
+    text = export_text(found, form, Options(port=port, image=image))
+    for notice in found.notices:
+        print(notice, file=sys.stderr)
+    if output is None:
+        print(text, end="")
+        return
+    path = output / file_name(form, found.role) if output.is_dir() else output
+    write_file(text, path, form)
+    print(path, file=sys.stderr)
+
+
+@app.command()
 def dashboard(
     study: StudyArg = None,
     results: ResultsOpt = None,
@@ -528,6 +592,7 @@ def dashboard(
 
     _require_free(port)
     opened = Results(_results_path(study, results))
+    _write_report(opened.experiment(_study_name(study)), opened.path)
     with contextlib.suppress(KeyboardInterrupt), opened.dashboard(_study_name(study), port=port) as server:
         print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", file=sys.stderr)
         server.serve_forever()
@@ -651,6 +716,18 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...]:
     if not all(word.strip().isdigit() and int(word) > 0 for word in words):
         raise InputError(f"{option}: {text!r}: write positive integers with commas between, e.g. {option} 1,8,40.")
     return tuple(sorted({int(word) for word in words}))
+
+
+def _write_report(experiment: Experiment, path: Path | None = None) -> None:
+    """Writes a study's report; one that cannot be written costs no answer."""
+    from varcas.page import write_report
+    from varcas.results import Results
+
+    try:
+        page = write_report(Results(path or experiment.results), experiment.name)[0]
+        print(f"report: {page}", file=sys.stderr)
+    except InputError as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _require_free(port: int) -> None:

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -20,7 +19,6 @@ from varcas.metrics import MIN_STARTS, Gain, compare
 from varcas.pruner import OTHER_REASONS, refutations
 from varcas.records import APART, LATENCY_METRICS, MAX_EXCESS, RATE_METRICS, TrialRow
 from varcas.rules import speculation
-from varcas.space import ServingConfig, server_python
 
 SMALL_DRIFT = 0.05
 """Of the baseline, between search and confirmation: less is not worth a word."""
@@ -640,47 +638,18 @@ def _kept_up_text(finding: Finding, gain: GainOut | None) -> str:
     return f"the winner kept up with all {row.rate_rps:g} requests/s{sent}: raise rate_rps to find its limit{least}"
 
 
+def row_to_deploy(answer: Recommendation, rows: Iterable[TrialRow]) -> TrialRow | None:
+    """The row of the flags to deploy, of the search rather than of a confirmation start; None when nothing can be."""
+    if answer.deploy is None:
+        return None
+    wanted = json.dumps(answer.deploy, sort_keys=True)
+    found = [row for row in rows if json.dumps(_flags(row), sort_keys=True) == wanted and row.state == "complete"]
+    return min(found, key=lambda row: (row.valid is False, row.purpose == "confirm", row.number), default=None)
+
+
 def has_random_weights(flags: Mapping[str, JsonValue]) -> bool:
     """The model's weights are made up by vLLM."""
     return flags.get("load_format") == "dummy"
-
-
-def write_scripts(rows: Sequence[TrialRow], experiment: Experiment, directory: Path) -> str | None:
-    """Writes `start_vllm.sh` (baseline) and `start_vllm_optimized.sh` (another winner); returns the one to deploy."""
-    answer = recommend(rows, experiment)
-    finding = find(rows, experiment)
-    directory.mkdir(parents=True, exist_ok=True)
-    paths: dict[str, str] = {}
-    _, least = _ablated(answer.verdict, finding, rows, experiment)
-    for name, row in (("start_vllm.sh", finding.baseline), ("start_vllm_optimized.sh", least or finding.winner)):
-        path = directory / name
-        if row is None or (name == "start_vllm_optimized.sh" and answer.verdict == "baseline_best"):
-            path.unlink(missing_ok=True)  # of an earlier answer
-            continue
-        config = ServingConfig(experiment.model, experiment.revision, _flags(row))
-        script = config.start_script(
-            python=server_python(experiment),
-            vllm_version=row.engine_version,
-            comments=_script_comments(answer, row, experiment),
-            env=experiment.server.env,
-            simulated=row.simulated,
-        )
-        path.write_text(script)
-        path.chmod(0o755)
-        paths[row.config_hash] = str(path)
-    deployed = least or _deployed(answer.verdict, finding)
-    return paths.get(deployed.config_hash) if deployed else None
-
-
-def _script_comments(answer: Recommendation, row: TrialRow, experiment: Experiment) -> list[str]:
-    role = "baseline" if row.purpose == "baseline" else f"trial {row.number}: {answer.headline}"
-    lines = [
-        f"varcas study {experiment.name}, {role}",
-        f"vLLM {row.engine_version or 'unknown'} on {row.gpu_name or 'CPU'}; {experiment.workload.described}",
-    ]
-    if has_random_weights(_flags(row)):
-        lines.append(RANDOM_WEIGHTS)
-    return ["SIMULATED: no server was measured", *lines] if answer.simulated else lines
 
 
 def as_text(answer: Recommendation, again: str | None = None) -> str:

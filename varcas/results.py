@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import datetime
+import html
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,9 +13,10 @@ from typing import TYPE_CHECKING
 from varcas.effects import Effects, effects
 from varcas.errors import InputError, nearest
 from varcas.experiment import Experiment
+from varcas.export import Deployment, recommended, trial_deployment
 from varcas.pruner import is_pruned
-from varcas.records import ASIDE, LATENCIES, LATENCY_METRICS, STATISTICS, TrialRow
-from varcas.report import DASH_NOTE, Recommendation, limit_text, limits_of, recommend
+from varcas.records import ASIDE, LATENCIES, LATENCY_METRICS, STATISTICS, RequestRecord, Sample, TrialRow
+from varcas.report import DASH_NOTE, Recommendation, as_text, find, limit_text, limits_of, recommend
 from varcas.store import Store
 
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
+KEPT = ("better", "no_baseline")
+"""Verdicts after which a phase's winner is what the next phase begins from."""
 ANYWAY = "ruled out before any start; to start it all the same: `study: {prune: false}`, or the command below"
 UNSORTABLE = (list[str], dict[str, str], dict[str, float])
 
@@ -87,7 +93,7 @@ class Results:
     def recommend(self, study: str | None = None) -> Recommendation:
         """What to deploy, from the rows in the store."""
         name = self._named(study)
-        scripts = self.path / "studies" / name
+        scripts = self.directory_of(name)
         saved = self._store.study(name) or {}
         told = {key: saved[key] for key in ("ended", "ruled_out", "rules_off") if key in saved}
         answer = recommend(self._searched(name), self.experiment(name), **told)
@@ -99,6 +105,61 @@ class Results:
         """What each flag does to the objective, over all that a study measured."""
         name = self._named(study)
         return effects(self._store.rows(name), self.experiment(name))
+
+    def requests(self, row: TrialRow) -> list[RequestRecord]:
+        """Every request of a trial, as recorded."""
+        return self._store.requests(row.trial_id)
+
+    def samples(self, row: TrialRow) -> list[Sample]:
+        """Every look at the server and the GPU of a trial."""
+        return self._store.samples(row.trial_id)
+
+    def directory_of(self, study: str) -> Path:
+        """Where a study's scripts and reports are."""
+        return self.path / "studies" / study
+
+    def deployment(self, study: str | None = None, trial: int | None = None) -> Deployment | None:
+        """What to deploy, or one trial's configuration; None when nothing can be deployed.
+
+        Raises:
+            InputError: no such study or trial.
+        """
+        name = self._named(study)
+        if trial is not None:
+            return trial_deployment(self.trial(trial, name), self.experiment(name))
+        return recommended(self._store.rows(name), self.experiment(name))
+
+    def phases(self, name: str) -> list[str]:
+        """Studies of an experiment's phases (`NAME.PHASE`), in the order in which they began; empty without any."""
+        if name in self.studies():
+            return []
+        begun: dict[str, datetime.datetime] = {}
+        for row in self._store.rows():
+            if row.study.startswith(f"{name}."):
+                begun[row.study] = min(begun.get(row.study, row.started_at), row.started_at)
+        return sorted(begun, key=begun.__getitem__)
+
+    def phase_deployments(self, name: str) -> list[Deployment]:
+        """What each phase has to deploy, named by it; the first baseline before, the whole experiment's answer last."""
+        phases = self.phases(name)
+        if not phases:
+            return []
+        first = self.experiment(phases[0])
+        baseline = find(self._store.rows(phases[0]), first).baseline
+        made: dict[str, Deployment | None] = {"": trial_deployment(baseline, first) if baseline else None}
+        made |= {phase.removeprefix(f"{name}."): self.deployment(phase) for phase in phases}
+        made["optimized"] = self.deployment(self._deciding(phases))
+        return [dataclasses.replace(found, role=role) for role, found in made.items() if found is not None]
+
+    def _deciding(self, phases: list[str]) -> str:
+        """The phase whose answer is that of the whole: the last that beat what it began from, else the first.
+
+        A phase of another model or GPU compares, and decides nothing.
+        """
+        sites = {phase: (e.model, e.hardware.gpu) for phase in phases for e in (self.experiment(phase),)}
+        own = [phase for phase in phases if sites[phase] == sites[phases[0]]]
+        kept = [phase for phase in own if self.recommend(phase).verdict in KEPT]
+        return kept[-1] if kept else phases[0]
 
     def sql(self, query: str) -> pa.Table:
         """Runs DuckDB SQL over the views `trials`, `requests` and `samples`.
@@ -114,10 +175,17 @@ class Results:
         Raises:
             InputError: optuna-dashboard is not installed.
         """
-        from varcas.study import dashboard_server
+        from varcas.study import Beside, dashboard_server
 
         name = self._named(study)
-        return dashboard_server(self.experiment(name), lambda: self._searched(name), port)
+
+        def beside() -> Beside:
+            found = sorted(self.directory_of(name).rglob("*"))
+            return Beside(
+                html.escape(as_text(self.recommend(name)), quote=False), tuple(path for path in found if path.is_file())
+            )
+
+        return dashboard_server(self.experiment(name), lambda: self._searched(name), port, beside)
 
     def _searched(self, name: str) -> list[TrialRow]:
         """Rows of the search, without those of `varcas batch-size` and `capacity`."""
@@ -126,6 +194,8 @@ class Results:
     def _named(self, study: str | None) -> str:
         names = self.studies()
         if study is not None:
+            if study not in names and (phases := self.phases(study)):
+                return self._deciding(phases)
             if study not in names:
                 there = ", ".join(names) or "none"
                 raise InputError(f"study {study!r}: not in {self.path}.{nearest(study, names)} There: {there}.")

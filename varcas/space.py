@@ -74,14 +74,19 @@ class ServingConfig:
         """
         return math.prod(_gpus_of(flag, self.flags.get(flag, 1)) for flag in PARALLEL_FLAGS)
 
-    def argv(self) -> list[str]:
-        """Arguments of the server, sorted by flag; without host, port and API key."""
-        return [word for words in self._arguments(self.model) for word in words]
+    def argv(self, *, placed: bool = False) -> list[str]:
+        """Arguments of the server, sorted by flag; without host, port and API key. `placed`: good in any directory."""
+        model = self.placed_model() if placed else self.model
+        return [word for words in self._arguments(model) for word in words]
+
+    def placed_model(self) -> str:
+        """A model directory as a path that holds in any directory; a hub id as it is."""
+        path = Path(self.model).expanduser()
+        return str(path.resolve()) if path.is_dir() else self.model
 
     def command(self, python: str, env: Mapping[str, str] | None = None) -> str:
         """The shell command that starts this server with `python` and `env`, from any directory."""
-        words = [word for words in self._arguments(_placed(self.model)) for word in words]
-        return " ".join([*_assignments(env or {}), shlex.join([python, "-m", SERVER_MODULE, *words])])
+        return " ".join([*_assignments(env or {}), shlex.join([python, "-m", SERVER_MODULE, *self.argv(placed=True)])])
 
     def start_script(
         self,
@@ -104,7 +109,7 @@ class ServingConfig:
         """
         notes = [f"# {line}".rstrip() for comment in comments for line in comment.splitlines() or [""]]
         exports = [f"export {assignment}" for assignment in _assignments(env or {})]
-        arguments = [f"  {shlex.join(words)}" for words in self._arguments(_placed(self.model))]
+        arguments = [f"  {shlex.join(words)}" for words in self._arguments(self.placed_model())]
         wanted = f"vLLM {vllm_version}" if vllm_version else "vLLM"
         return "\n".join(
             [
@@ -142,12 +147,6 @@ def server_python(experiment: Experiment) -> str:
     return os.path.abspath(os.path.expanduser(experiment.server.python or sys.executable))
 
 
-def _placed(model: str) -> str:
-    """A model directory as a path that holds in any directory; a hub id as it is."""
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
-
-
 def _assignments(env: Mapping[str, str]) -> list[str]:
     return [f"{name}={shlex.quote(value)}" for name, value in sorted(env.items())]
 
@@ -157,12 +156,13 @@ def _words(flag: str, value: JsonValue) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):
-        return [f"--{name}", *map(_word, value)]
-    word = _word(value)
+        return [f"--{name}", *map(flag_word, value)]
+    word = flag_word(value)
     return [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
 
 
-def _word(value: JsonValue) -> str:
+def flag_word(value: JsonValue) -> str:
+    """A flag's value as a word of a command line: text as it is, all else as JSON."""
     return value if isinstance(value, str) else _text(value)
 
 

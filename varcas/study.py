@@ -29,25 +29,30 @@ import bisect
 import contextlib
 import datetime
 import hashlib
+import html
 import importlib.util
 import itertools
 import json
+import mimetypes
 import os
 import random
 import re
 import threading
 import time
+import uuid
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import unquote
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
+from optuna.artifacts import ArtifactMeta
+from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -1087,6 +1092,8 @@ SHOWN = (
 """Columns that a trial of the dashboard carries, in its order; objectives and SLO keys stand before them."""
 REFRESH_S = 3.0
 """The dashboard looks for new rows at most this often, and only when a page asks."""
+AS_TEXT = (".log", ".sh", ".md")
+"""Files that browsers should show rather than store."""
 UNSET = "none"
 """A flag that is left out, as `Space` names it."""
 
@@ -1104,7 +1111,56 @@ class _View(InMemoryStorage):
         return max(feasible, key=lambda trial: (trial.values or [0.0])[0] * (1 if largest else -1))
 
 
-def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow]) -> BaseStorage:
+class KeptFiles:
+    """An artifact store of Optuna's over files where they lie: nothing is copied, nothing is written."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, Path] = {}
+
+    def attribute(self, path: Path) -> dict[str, str]:
+        """Keeps a file, and returns the system attribute that makes it an artifact of a trial or a study.
+
+        `optuna.artifacts.upload_artifact` sets the same one, but not of a trial that has ended.
+        """
+        artifact_id = str(uuid.uuid5(uuid.NAMESPACE_URL, path.absolute().as_uri()))
+        self._paths[artifact_id] = path
+        kind, encoding = mimetypes.guess_type(path.name)
+        kind = "text/plain; charset=utf-8" if path.suffix in AS_TEXT else kind or "application/octet-stream"
+        meta = ArtifactMeta(artifact_id=artifact_id, filename=path.name, mimetype=kind, encoding=encoding)
+        return {f"artifacts:{artifact_id}": json.dumps(asdict(meta))}
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """The file of an artifact."""
+        try:
+            return self._paths[artifact_id].open("rb")
+        except (KeyError, OSError) as error:
+            raise ArtifactNotFound(f"artifact {artifact_id} is not here") from error
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Refuses: what is shown is a view of the store."""
+        raise PermissionError("the dashboard is a view: it keeps no uploads")
+
+    def remove(self, artifact_id: str) -> None:
+        """Forgets it; the file stays."""
+        self._paths.pop(artifact_id, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What the dashboard shows of a study beside its rows.
+
+    Attributes:
+        note: in Markdown.
+        files: report, plots, scripts.
+        kept: serves them, and each trial's log.
+    """
+
+    note: str = ""
+    files: tuple[Path, ...] = ()
+    kept: KeptFiles = field(default_factory=KeptFiles)
+
+
+def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow], beside: Beside | None = None) -> BaseStorage:
     """Rows as Optuna studies to look at; never the one that proposes, which is told values for failures too.
 
     A trial has its row's number. Search and baseline are one study, confirmation starts another. A measured row is
@@ -1115,19 +1171,31 @@ def dashboard_view(experiment: Experiment, rows: Sequence[TrialRow]) -> BaseStor
     by_number = {row.number: row for row in sorted(rows, key=lambda row: (row.number, row.attempt))}
     searched = {number: row for number, row in by_number.items() if row.purpose not in APART}
     confirmed = [row for row in by_number.values() if row.purpose == "confirm"]
-    placed = _placed(experiment, searched.values())
+    placed, beside = _placed(experiment, searched.values()), beside or Beside()
     study = _view_study(storage, experiment, experiment.name)
+    _set_beside(study, beside)
     for number in range(max(searched, default=-1) + 1):
         if number in searched:
-            _show(study, searched[number], experiment, *placed[number], {})
+            _show(study, searched[number], experiment, *placed[number], {}, beside.kept)
         else:
             study.add_trial(_missing(number in by_number))
     if confirmed:
         study = _view_study(storage, experiment, f"{experiment.name} (confirmation)")
         arms: dict[str, BaseDistribution] = {"arm": CategoricalDistribution(("baseline", "candidate"))}
         for row in confirmed:
-            _show(study, row, experiment, {"arm": row.arm}, arms, {"trial": row.number})
+            _show(study, row, experiment, {"arm": row.arm}, arms, {"trial": row.number}, beside.kept)
     return storage
+
+
+def _set_beside(study: optuna.Study, beside: Beside) -> None:
+    from optuna_dashboard import save_note
+
+    if beside.note:
+        save_note(study, beside.note)
+    for path in beside.files:
+        if path.is_file():
+            for key, meta in beside.kept.attribute(path).items():
+                study._storage.set_study_system_attr(study._study_id, key, meta)
 
 
 def _view_study(storage: BaseStorage, experiment: Experiment, name: str) -> optuna.Study:
@@ -1196,18 +1264,20 @@ def _show(
     params: dict[str, Any],
     distributions: dict[str, BaseDistribution],
     first: dict[str, Any],
+    kept: KeptFiles,
 ) -> None:
     from optuna_dashboard import save_note
 
     state, values = _shown_result(row, experiment)
     constraints = constraints_of(row, experiment) if values else {}
+    files = kept.attribute(Path(row.log_path)) if row.log_path and Path(row.log_path).is_file() else {}
     trial = create_trial(
         state=state,
         values=values,
         params=params,
         distributions=distributions,
         user_attrs=first | _shown_attributes(row, experiment),
-        system_attrs={"constraints": list(constraints.values())},  # the key that optuna-dashboard 0.21 reads
+        system_attrs={"constraints": list(constraints.values())} | files,  # the key that optuna-dashboard 0.21 reads
         constraints=constraints,
     )
     trial.datetime_start = row.started_at.astimezone().replace(tzinfo=None)  # as Optuna has it: local, naive
@@ -1263,22 +1333,39 @@ def _note(row: TrialRow, experiment: Experiment) -> str:
         for key, limit in sorted(experiment.slo.items())
         if row.constraints.get(key, 0) > 0 and getattr(row, key) is not None
     ]
+    reasons = "; ".join([*row.invalid_reasons, *missed])
     parts = [
         f"**{'SIMULATED: ' if row.simulated else ''}{_outcome(row)}**",
-        f"```\n{row.failure_detail}\n```" if row.failure_detail else None,
-        f"What to do: {row.failure_hint}" if row.failure_hint else None,
-        "; ".join([*row.invalid_reasons, *missed]) or None,
+        _fenced(row.failure_detail) if row.failure_detail else None,
+        f"What to do: {html.escape(row.failure_hint, quote=False)}" if row.failure_hint else None,
+        html.escape(reasons, quote=False) or None,
+        _metrics_table(row, experiment) if row.state == "complete" else None,
         f"Server log: [{row.log_path}](/log/{row.number})" if row.log_path else None,
-        f"Start this server again:\n```\n{row.command}\n```" if row.command else None,
+        f"Start this server again:\n{_fenced(row.command)}" if row.command else None,
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _fenced(text: str) -> str:
+    """A block of strangers' text, whose fence is longer than any within it."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text}\n{fence}"
+
+
+def _metrics_table(row: TrialRow, experiment: Experiment) -> str:
+    columns = dict.fromkeys((*(o.metric for o in experiment.objectives), *sorted(experiment.slo), *SHOWN))
+    named = [(name, found) for name in columns if (found := _rounded(getattr(row, name))) is not None]
+    return "\n".join(["| metric | value |", "|---|---|", *(f"| {name} | {found} |" for name, found in named)])
 
 
 class _Fresh:
     """The dashboard's WSGI application over the newest rows, and the servers' logs at `/log/N`."""
 
-    def __init__(self, experiment: Experiment, read: Callable[[], Sequence[TrialRow]]) -> None:
-        self._experiment, self._read = experiment, read
+    def __init__(
+        self, experiment: Experiment, read: Callable[[], Sequence[TrialRow]], beside: Callable[[], Beside]
+    ) -> None:
+        self._experiment, self._read, self._beside = experiment, read, beside
         self._lock = threading.Lock()
         self._rows: Sequence[TrialRow] = ()
         self._app: WSGIApplication | None = None
@@ -1296,7 +1383,9 @@ class _Fresh:
             if self._app is None or time.monotonic() - self._looked_s > REFRESH_S:
                 rows = self._read()
                 if self._app is None or [row.trial_id for row in rows] != [row.trial_id for row in self._rows]:
-                    self._rows, self._app = rows, wsgi(dashboard_view(self._experiment, rows))
+                    beside = self._beside()
+                    view = dashboard_view(self._experiment, rows, beside)
+                    self._rows, self._app = rows, wsgi(view, artifact_store=beside.kept)
                 self._looked_s = time.monotonic()
             return self._app
 
@@ -1318,8 +1407,19 @@ class _Unlogged(WSGIRequestHandler):
         """Nothing."""
 
 
-def dashboard_server(experiment: Experiment, read: Callable[[], Sequence[TrialRow]], port: int) -> WSGIServer:
+def dashboard_server(
+    experiment: Experiment,
+    read: Callable[[], Sequence[TrialRow]],
+    port: int,
+    beside: Callable[[], Beside] = Beside,
+) -> WSGIServer:
     """optuna-dashboard on the loopback, over the rows that `read` gives; `serve_forever` runs it.
+
+    Args:
+        experiment: the study's.
+        read: gives its rows, asked again while pages are open.
+        port: of the loopback.
+        beside: gives what is shown beside the rows.
 
     Raises:
         InputError: optuna-dashboard is not installed.
@@ -1327,6 +1427,6 @@ def dashboard_server(experiment: Experiment, read: Callable[[], Sequence[TrialRo
     if importlib.util.find_spec("optuna_dashboard") is None:
         raise InputError("dashboard: optuna-dashboard is not installed: `pip install 'varcas[dashboard]'`.")
     warnings.filterwarnings("ignore", category=UserWarning, module="optuna")  # of few trials, at each look
-    server = make_server("127.0.0.1", port, _Fresh(experiment, read), _Server, _Unlogged)
+    server = make_server("127.0.0.1", port, _Fresh(experiment, read, beside), _Server, _Unlogged)
     assert isinstance(server, WSGIServer)
     return server

@@ -24,6 +24,7 @@ from varcas.engine.node import Checked, Node
 from varcas.engine.validation import refusal
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware
+from varcas.export import write_scripts
 from varcas.gpus import gpu as catalogued
 from varcas.gpus import variants
 from varcas.inner import split
@@ -33,7 +34,7 @@ from varcas.order import NUM_ORDERED, Order, first_proposals
 from varcas.pool import Finished, Pool, Workers
 from varcas.pruner import NEEDS_MORE_GPUS, VLLM_REFUSES, Pruner, gpu_at_best, is_pruned, reason_columns, site_of
 from varcas.records import APART, Outcome, RequestRecord, Sample, TrialRow
-from varcas.report import Recommendation, confirmations, described, find, recommend, write_scripts
+from varcas.report import Recommendation, confirmations, described, find, recommend
 from varcas.rules import Site
 from varcas.sharing import Shared, num_rides, shared
 from varcas.simulated import Simulator, unmodelled
