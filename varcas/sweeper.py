@@ -693,7 +693,6 @@ def _usd_per_gpu_h(kind: str) -> float | None:
     return None if price is None else price.usd_per_h
 
 
-
 def _is_hopeless(row: TrialRow) -> bool:
     return row.purpose == "baseline" and row.failure_kind in HOPELESS
 
