@@ -305,6 +305,7 @@ class Curve(Starts):
         steps = (cold, *(Step(o.config, self.experiment.workload, self._limits(o.value)) for o in order))
         job = self._job(max(one.value for one in left), start.config, checked, live=True)
         text = f"{self._flag} {', '.join(str(one.value) for one in order)} on one server"
+        self._emit(Event("confirm", text=f"{len(order)} values from one server start", total=len(order)))
         return self._run_job(job, Listed(steps), text, {one.config.hash: one.value for one in order}, live=True)
 
     # fresh

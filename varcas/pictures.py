@@ -493,7 +493,7 @@ def curve_chart(curve: BatchSizeCurve) -> Any:
               axis=alt.Axis(values=[row["value"] for row in rows], format="d"))  # fmt: skip
     upper = _curve_panel(rows, x, "tokens_per_s:Q", "output tokens/s")
     whiskers = _chart(rows).mark_rule().encode(x=x, y=alt.Y("lo:Q"), y2=alt.Y2("hi:Q"))
-    words = _chart([row for row in rows if row["words"]]).mark_text(dy=-14, fontSize=11).encode(
+    words = _chart([row for row in rows if row["words"]]).mark_text(dx=-8, dy=-8, align="right", fontSize=11).encode(
         x=x, y=alt.Y("tokens_per_s:Q"), text="words:N"
     )  # fmt: skip
     lower = _curve_panel([row for row in rows if row["tpot_ms"] is not None], x, "tpot_ms:Q", "mean TPOT, ms")
@@ -501,7 +501,7 @@ def curve_chart(curve: BatchSizeCurve) -> Any:
         alt.layer(upper, whiskers, words).properties(width=WIDTH, height=HEIGHT // 2),
         lower.properties(width=WIDTH, height=HEIGHT // 3),
     )
-    live = "one server, its limit changed while it ran" if _is_live(curve) else "a fresh server each"
+    live = "One server, its limit changed while it ran" if _is_live(curve) else "A fresh server each"
     lines = [f"Bars: 95 % interval within the start. {live}. Open: the SLO is missed."]
     return _finished(both, f"{curve.flag}: {curve.model} on {curve.gpu or 'cpu'}", *lines)
 
