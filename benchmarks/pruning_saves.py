@@ -28,9 +28,9 @@ so each failure is told to it as it is in a sweep.
 Arms: `rules + order` and `rules` prune; the first also begins with what the estimates say. `told` starts everything,
 and tells what failed. `told + vLLM` does so too, but what vLLM's configuration alone refuses costs no start (varcas
 without the roofline: its validator is asked first). These four have `sampler: auto`; `TPE told` is `told` with
-`sampler: tpe`. Savings are of mean starts, against `TPE told` and against `told`: what comes of the rules alone, whoever
-proposes. Intervals are 95 %, of a bootstrap over seeds; a study that never finds the winner counts with all its trials.
-The order was designed on seeds 1000 to 1059, and the samplers were compared on them.
+`sampler: tpe`. Savings are of mean starts, against `TPE told`, and against `told`: what the rules alone
+save, whoever proposes. Intervals are 95 %, of a bootstrap over seeds; a study that never finds the winner counts with
+all its trials. The order was designed on seeds 1000 to 1059, and the samplers were compared on them.
 
 Spaces: `plain` is experiments/llama2_7b_awq_t4.yaml as it stands. `rich` adds flags of the seed's journey that somebody
 who does not know the T4 would try too (`RICH`).
