@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.sweeps import EXPERIMENT, end, left_after, marked, shared_memory, write_experiment
 from tests.e2e.sweeps import Run as Marked
-from tests.e2e.sweeps import end, left_after, marked, shared_memory, write_experiment
 from varcas.child import free_port
 from varcas.results import Results
 
@@ -91,7 +91,10 @@ def test_submit_stop_edit_submit_again(cluster: Cluster, tmp_path: Path, model_d
     work, results = tmp_path / "work", tmp_path / "kept" / "results"
     work.mkdir()
     before = shared_memory()
-    write_experiment(work, model_dir, "--itl-ms 2 --ttft-ms 5 --grandchild", workload=WORKLOAD, results="results/")
+    study = EXPERIMENT["study"] | {"live": False}  # each value a start of its own: time to stop between two
+    write_experiment(
+        work, model_dir, "--itl-ms 2 --ttft-ms 5 --grandchild", workload=WORKLOAD, results="results/", study=study
+    )
 
     _, output = cluster.submit(work, "sweep", "experiment.yaml")
     assert "results: 'results/'" in output
