@@ -22,7 +22,7 @@ import typer
 from pydantic import BaseModel
 
 from varcas import __version__
-from varcas.budget import parse_budget, parse_duration
+from varcas.budget import Budget, parse_budget, parse_duration
 from varcas.errors import EXIT_INTERRUPTED, EXIT_NO_ANSWER, InputError, VarcasError
 from varcas.experiment import Experiment, Study, load_experiment, parse_value, workload_of
 
@@ -114,6 +114,7 @@ def sweep(
 
     Example: `varcas sweep experiments/quickstart.yaml --budget 30m`
     """
+    limits = None if budget is None else parse_budget(budget)
     warm_start = False if no_warm_start else None
     loaded = _with(
         load_experiment(experiment),
@@ -125,7 +126,7 @@ def sweep(
     )
     place = [str(experiment), *(["--engine", engine.value] if engine else [])]
     place += ["--results", str(results)] if results else []
-    _sweep(loaded, place, address=address, budget=budget, trials=trials, as_json=as_json)
+    _sweep(loaded, place, address=address, budget=limits, trials=trials, as_json=as_json)
 
 
 @app.command()
@@ -167,7 +168,13 @@ def simulate(
 
 
 def _sweep(
-    loaded: Experiment, place: list[str], *, address: str | None, budget: str | None, trials: int | None, as_json: bool
+    loaded: Experiment,
+    place: list[str],
+    *,
+    address: str | None,
+    budget: Budget | None,
+    trials: int | None,
+    as_json: bool,
 ) -> None:
     """Runs an experiment, in phases or not, and prints its answer."""
     from varcas.journey import journey_text, run_phases
@@ -176,12 +183,11 @@ def _sweep(
     from varcas.report import Recommendation, as_text
     from varcas.sweeper import sweep as run_sweep
 
-    limits = None if budget is None else parse_budget(budget)
     stopping = threading.Event()
     with _signals(stopping), Progress() as progress:
         run = run_phases if loaded.phases else run_sweep
         try:
-            answer = run(loaded, address=address, budget=limits, on_event=progress, stopping=stopping)
+            answer = run(loaded, address=address, budget=budget, on_event=progress, stopping=stopping)
         except KeyboardInterrupt:
             _interrupted(loaded)
     options = [("--address", address), ("--trials", trials), ("--repeats", max(MIN_STARTS, loaded.study.repeats))]
