@@ -100,19 +100,19 @@ def _waiting_growth(requests: Requests, samples: Sequence[Sample], from_s: float
     """How many more wait at the stretch's end than at its beginning: means over its last and first fifth."""
     span_s = (to_s - from_s) / 5
     seen = [
-        (sample.t_s, sample.num_requests_waiting)
+        (sample.t_s, float(sample.num_requests_waiting))
         for sample in samples
         if from_s <= sample.t_s <= to_s and sample.num_requests_waiting is not None
     ]
-    if len(seen) >= MIN_SAMPLES:
-        at_s = np.array([moment for moment, _ in seen])
-        waiting = np.array([float(count) for _, count in seen])
-    else:
+    ends = any(t_s <= from_s + span_s for t_s, _ in seen) and any(t_s >= to_s - span_s for t_s, _ in seen)
+    if len(seen) >= MIN_SAMPLES and ends:
+        at_s, waiting = np.array(seen).T
+    else:  # a sample a second: a short stretch may have none in its last fifth
         at_s = np.linspace(from_s, to_s, 51)
         waiting = _without_token(requests, at_s)
     first, last = waiting[at_s <= from_s + span_s], waiting[at_s >= to_s - span_s]
     # the mean of the last fifth is 0.1 of the stretch old, that of the first too: 0.8 of the growth lies between
-    return float(last.mean() - first.mean()) / 0.8 if len(first) and len(last) else 0.0
+    return float(last.mean() - first.mean()) / 0.8
 
 
 def _without_token(requests: Requests, at_s: Floats) -> Floats:
