@@ -578,7 +578,7 @@ def test_what_the_server_says_waits_decides_over_what_has_no_token() -> None:
 
 def test_a_queue_is_seen_though_no_sample_fell_into_the_last_fifth() -> None:
     """One at a time, 12 arrive a second: seen on a real server, whose last sample lay 1.1 s before the window's end."""
-    records = [record(i / 12, (0.4 * i + 0.1, 0.4 * i + 0.3) if i < 25 else ()) for i in range(120)]
+    records = [record(i / 12, (0.6 * i + 0.1, 0.6 * i + 0.5) if i < 16 else ()) for i in range(120)]
     load = load_of(records, 10.0)
     samples = [Sample(t_s=t + 0.87, num_requests_waiting=10.0 * t) for t in range(9)]
     assert is_saturated(load, samples)
