@@ -45,6 +45,7 @@ from real_starts import (
     read_rows,
     start_until,
 )
+from shares import upper_bound
 from vllm_forks import Forks
 
 from varcas import endpoint, gpus, hardware
@@ -59,7 +60,6 @@ from varcas.rules import RULES, Refusal, Rule, Site, judge
 from varcas.space import ServingConfig
 from varcas.workload.schedule import schedule
 
-CONFIDENCE = 0.95
 TIMEOUT_S, GPU_TIMEOUT_S = 300.0, 150.0
 GPU_WORKERS = 4
 HOLD_S = 20.0
@@ -607,18 +607,6 @@ def _short(detail: str) -> str:
     """What vLLM said, without the names of exceptions and its advice."""
     told = re.sub(r"^(.*validation error for \w+|[\w.]*Error:) (Value error, )?", "", detail)
     return told if len(told) <= LONGEST_WORDS else told[: LONGEST_WORDS - 1] + "…"
-
-
-def upper_bound(wrong: int, total: int) -> float:
-    """Exact (Clopper-Pearson) one-sided upper bound of a share: the share at which so few are seen in 5 % of cases."""
-    if wrong >= total:
-        return 1.0
-    low, high = wrong / total, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        few = sum(math.comb(total, k) * middle**k * (1 - middle) ** (total - k) for k in range(wrong + 1))
-        low, high = (middle, high) if few > 1 - CONFIDENCE else (low, middle)
-    return high
 
 
 def planned(sites: Sites, args: argparse.Namespace) -> Iterator[Case]:

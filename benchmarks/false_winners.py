@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shares import lower_bound, upper_bound
+
 from varcas.budget import Budget
 from varcas.engine.node import Checked, NodeFacts
 from varcas.experiment import Experiment, Server, parse_experiment
@@ -200,31 +202,6 @@ def _experiment(seed: int, trials: int, directory: Path) -> Experiment:
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text("{}")
     return parse_experiment(FILE.format(model=model, trials=trials, seed=seed, results=directory / f"results-{seed}"))
-
-
-def upper_bound(hits: int, of: int, level: float = 0.95) -> float:
-    """One-sided upper end of a share (Clopper and Pearson), by bisection of the binomial's lower tail."""
-    if hits >= of:
-        return 1.0
-    low, high = hits / of, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _at_most(hits, of, middle) > 1 - level else (low, middle)
-    return high
-
-
-def lower_bound(hits: int, of: int, level: float = 0.95) -> float:
-    """One-sided lower end."""
-    return 1 - upper_bound(of - hits, of, level)
-
-
-def _at_most(hits: int, of: int, share: float) -> float:
-    logs = (
-        math.lgamma(of + 1) - math.lgamma(k + 1) - math.lgamma(of - k + 1)
-        + k * math.log(share) + (of - k) * math.log1p(-share)
-        for k in range(hits + 1)
-    )  # fmt: skip
-    return math.fsum(math.exp(log) for log in logs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

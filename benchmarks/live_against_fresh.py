@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +33,7 @@ from real_starts import ENV, Clock, Locks, append_row, circumstances, model_dir,
 
 from varcas.experiment import Experiment, parse_experiment
 from varcas.inner import Limits, LiveStart, at_most, live_start
-from varcas.intervals import t_quantile
+from varcas.intervals import student_half
 from varcas.records import TrialRow
 from varcas.space import ServingConfig
 from varcas.starts import Event
@@ -238,8 +237,7 @@ def _half(values: Sequence[float]) -> float | None:
     """Half the 95 % interval of a mean over starts, as a share of it."""
     if len(values) < 2:
         return None
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return t_quantile(0.975, len(values) - 1) * error / float(np.mean(values))
+    return student_half(values) / float(np.mean(values))
 
 
 def _print_cells(cells: Sequence[Mapping[str, Any]]) -> None:

@@ -11,7 +11,6 @@ the baseline by itself and is at most `SMALL_LOSS` behind the winner.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pydantic import JsonValue
 
 from varcas.engine.failures import RETRIED
 from varcas.experiment import Experiment
-from varcas.intervals import t_quantile
+from varcas.intervals import pooled_deviation, t_quantile
 from varcas.metrics import compare
 from varcas.records import TrialRow
 from varcas.space import ServingConfig
@@ -60,7 +59,7 @@ class FlagEffect:
 
 def without(winner: TrialRow, baseline: TrialRow) -> dict[str, ServingConfig]:
     """For each flag that the winner has otherwise than the baseline: the winner with the baseline's."""
-    won, before = _flags(winner), _flags(baseline)
+    won, before = winner.config_flags, baseline.config_flags
     changed = [flag for flag in sorted({*won, *before}) if won.get(flag) != before.get(flag)]
     if len(changed) < 2:  # one flag: its confirmation was the ablation
         return {}
@@ -84,13 +83,13 @@ def missing(
 
 def effects(rows: Sequence[TrialRow], winner: TrialRow, baseline: TrialRow, experiment: Experiment) -> list[FlagEffect]:
     """What each flag brings, as far as it was put back."""
-    won, before = _flags(winner), _flags(baseline)
+    won, before = winner.config_flags, baseline.config_flags
     wanted = without(winner, baseline)
     found = {flag: _starts(rows, flag, config) for flag, config in wanted.items()}
     whole = _logs(_confirmed(rows, winner), experiment)
     arms = [whole, _logs(_confirmed(rows, baseline), experiment)]
     arms += [_logs(starts, experiment) for starts in found.values()]
-    spread, freedom = _pooled(arms)
+    spread, freedom = pooled_deviation(arms)
     return [
         _effect(flag, won.get(flag), before.get(flag), starts, whole, spread, freedom, experiment)
         for flag, starts in found.items()
@@ -125,7 +124,7 @@ def _minimal_config(
     dropped = [effect for effect in found if not effect.kept]
     if not dropped or len(dropped) == len(found) or len(found) < len(without(winner, baseline)):
         return None
-    return _config(winner, {**_flags(winner), **{effect.flag: effect.before for effect in dropped}})
+    return _config(winner, {**winner.config_flags, **{effect.flag: effect.before for effect in dropped}})
 
 
 def _effect(
@@ -143,15 +142,6 @@ def _effect(
     kept = gain - half > 0 or math.expm1(gain) > SMALL_LOSS
     lo, hi = math.expm1(gain - half), math.expm1(gain + half)
     return FlagEffect(flag, value, before, math.expm1(gain), lo, hi, len(starts), 0, kept)
-
-
-def _pooled(arms: Sequence[Sequence[float]]) -> tuple[float | None, int]:
-    """Standard deviation of a start's logarithm over all arms, and its degrees of freedom."""
-    freedom = sum(len(arm) - 1 for arm in arms if len(arm) > 1)
-    if freedom < 2:
-        return None, freedom
-    squares = sum(float(((np.array(arm) - np.mean(arm)) ** 2).sum()) for arm in arms if len(arm) > 1)
-    return math.sqrt(squares / freedom), freedom
 
 
 def _signed(log_ratio: float, experiment: Experiment) -> float:
@@ -174,7 +164,7 @@ def _confirmed(rows: Sequence[TrialRow], of: TrialRow) -> list[TrialRow]:
         row
         for row in rows
         if row.purpose == "confirm" and row.config_hash == of.config_hash
-        and row.state == "complete" and row.valid is not False
+        and row.is_believed
     ]  # fmt: skip
 
 
@@ -185,11 +175,6 @@ def _values(rows: Sequence[TrialRow], experiment: Experiment) -> list[float]:
 
 def _logs(rows: Sequence[TrialRow], experiment: Experiment) -> list[float]:
     return [math.log(value) for value in _values(rows, experiment)]
-
-
-def _flags(row: TrialRow) -> Mapping[str, JsonValue]:
-    flags: dict[str, JsonValue] = json.loads(row.config_json)
-    return flags
 
 
 def _config(row: TrialRow, flags: Mapping[str, JsonValue]) -> ServingConfig:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -26,13 +26,13 @@ from varcas.engine.node import Checked, Node
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Choices, Experiment, Objective
 from varcas.inner import Limits, LiveStart, at_most, live_problem, live_start
-from varcas.intervals import t_quantile
+from varcas.intervals import student_half
 from varcas.pool import Finished, Pool
 from varcas.pruner import VLLM_REFUSES
 from varcas.records import TrialRow
 from varcas.report import usable, value
 from varcas.space import ServingConfig, Space
-from varcas.starts import HOPELESS, POLL_S, Event, Job, Starts, check, located
+from varcas.starts import HOPELESS, Event, Job, SeriesStarts, Work, check, opened
 from varcas.store import Store
 from varcas.study import Proposal
 from varcas.trial import Listed, Series, Step, cold_step, run_series
@@ -49,7 +49,6 @@ DEFAULT_VALUES: dict[str, tuple[int, ...]] = {
     "max_num_seqs": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "max_num_batched_tokens": (512, 1024, 2048, 4096, 8192),
 }
-Work = Callable[..., Series]
 
 
 class Point(BaseModel):
@@ -152,11 +151,7 @@ def batch_size_search(
         raise InputError("objective: capacity_rps: has no figure at one rate. `varcas capacity` measures it.")
     space = check(experiment, searched=False)
     began_s = time.monotonic()
-    with (
-        located(experiment),
-        Store(experiment.results) as store,
-        Pool(experiment.hardware, address, **ray_options) as pool,
-    ):
+    with opened(experiment, lambda: Pool(experiment.hardware, address, **ray_options)) as (store, pool):
         stop = stopping or threading.Event()
         with Curve(experiment, space, store, pool, on_event, stop, node, run, flag, chosen) as curve:
             curve.measure(fresh)
@@ -193,17 +188,17 @@ class _Wanted:
     checked: Checked
 
 
-class Curve(Starts):
+class Curve(SeriesStarts):
     """One curve. `measure`, `confirm` and `answer` are called in that order."""
 
-    purpose: Literal["batch_size"] = "batch_size"
+    purpose = "batch_size"
 
     def __init__(
         self, experiment: Experiment, space: Space, store: Store, pool: Pool, on_event: Callable[[Event], None],
         stopping: threading.Event, node: Callable[..., Any], run: Work, flag: str, values: tuple[int, ...],
     ) -> None:  # fmt: skip
-        super().__init__(experiment, space, store, pool, on_event, stopping, node)
-        self._run, self._flag, self._asked = run, flag, values
+        super().__init__(experiment, space, store, pool, on_event, stopping, node, run)
+        self._flag, self._asked = flag, values
         flags = {**experiment.serve, **experiment.baseline, flag: None}
         self._base = ServingConfig(experiment.model, experiment.revision, flags)
         self._found: dict[int, TrialRow] = {}
@@ -212,9 +207,6 @@ class Curve(Starts):
         self._series_done = Series(())
         self._notes: list[str] = []
         self._num_starts = 0
-
-    def _is_own(self, row: TrialRow) -> bool:
-        return row.purpose == self.purpose
 
     def measure(self, fresh: bool) -> None:
         """Measures every value that the store does not hold.
@@ -288,7 +280,7 @@ class Curve(Starts):
     def _known(self, one: _Wanted, *, live: bool) -> bool:
         """Takes a measurement from the store."""
         key = self._key(one, live=live)
-        row = next((row for row in self._rows if row.trial_key == key and _is_measured(row)), None)
+        row = next((row for row in self._rows if row.trial_key == key and row.is_believed), None)
         if row is not None:
             self._found[one.value] = row
         return row is not None
@@ -329,11 +321,11 @@ class Curve(Starts):
         row = self._pick()
         if row is None:
             return
-        config = ServingConfig(self.experiment.model, self.experiment.revision, json.loads(row.config_json))
+        config = ServingConfig(self.experiment.model, self.experiment.revision, row.config_flags)
         one = _Wanted(self._value(row), config, self._check(config))
         key, repeats = self._key(one, live=False), max(1, self.experiment.study.repeats)
         for _ in range(repeats + MAX_STARTS_LOST):
-            self._fresh_rows = [row for row in self._rows if row.trial_key == key and _is_measured(row)]
+            self._fresh_rows = [row for row in self._rows if row.trial_key == key and row.is_believed]
             if len(self._fresh_rows) >= repeats:
                 break
             self._fresh(one, f"confirming {self._flag} {one.value} on a fresh server")
@@ -360,11 +352,6 @@ class Curve(Starts):
                 f"Fix: {HINTS[last.failure_kind]}; then run it again. Log: {last.log_path or 'none'}"
             )
         return self._series_done
-
-    def _collect(self) -> None:
-        for finished in self.pool.finished(POLL_S):
-            job, submitted_s = self._jobs.pop(finished.key)
-            self._take(job, finished, time.monotonic() - submitted_s)
 
     def _take(self, job: Job, finished: Finished, wall_s: float) -> None:
         """Records a start's rows: disk first."""
@@ -425,13 +412,13 @@ class Curve(Starts):
             objective=objective.metric,
             slo=dict(self.experiment.slo),
             points=[_point(number, row) for number, row in rows.items()],
-            knee=knee({number: row for number, row in rows.items() if _is_measured(row)}),
+            knee=knee({number: row for number, row in rows.items() if row.is_believed}),
             pick=self._value(chosen) if chosen else None,
             pick_value=value(chosen, objective) if chosen else None,
             pick_lo=lo,
             pick_hi=hi,
             confirmed=confirmed(chosen, self._fresh_rows, objective) if chosen else None,
-            deploy=json.loads(chosen.config_json) if chosen else None,
+            deploy=chosen.config_flags if chosen else None,
             command=chosen.command if chosen else None,
             starts=self._num_starts,
             wall_s=wall_s,
@@ -444,16 +431,12 @@ def fresh_configs(base: ServingConfig, flag: str, values: Iterable[int]) -> dict
     return {number: ServingConfig(base.model, base.revision, {**base.flags, flag: number}) for number in values}
 
 
-def _is_measured(row: TrialRow) -> bool:
-    return row.state == "complete" and row.valid is not False
-
-
 def _point(number: int, row: TrialRow) -> Point:
     failure = row.failure_kind and f"{row.failure_kind}: {row.failure_detail}"
     same = {name: getattr(row, name) for name in Point.model_fields if hasattr(row, name)}
     if row.valid is False and not failure:
         failure = f"not to be believed: {'; '.join(row.invalid_reasons)}"
-    return Point(**same | {"value": number, "failure": failure, "deploy": json.loads(row.config_json)})
+    return Point(**same | {"value": number, "failure": failure, "deploy": row.config_flags})
 
 
 def interval_of(row: TrialRow, metric: str) -> tuple[float | None, float | None]:
@@ -510,9 +493,7 @@ def confirmed(row: TrialRow, fresh: Sequence[TrialRow], objective: Objective) ->
     if not values or live is None:
         return None
     mean = float(np.mean(values))
-    half = None
-    if len(values) > 1:
-        half = t_quantile(0.975, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = student_half(values) if len(values) > 1 else None
     return Confirmed(
         values=values,
         mean=mean,

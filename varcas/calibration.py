@@ -11,11 +11,10 @@ of one weigh together as much as one. Intervals are Student's t; one start has n
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -240,7 +239,7 @@ UNREADABLE_FLAGS = ("speculative_config", "data_parallel_size", "pipeline_parall
 
 def _excluded(row: TrialRow, simulated: bool, saturated: bool) -> str | None:
     """Why a row tells nothing about steps."""
-    flags = json.loads(row.config_json)
+    flags = row.config_flags
     other = next((name for name in UNREADABLE_FLAGS if flags.get(name) not in (None, 1)), None)
     reasons = {
         "simulated" if row.simulated else "measured, not simulated": row.simulated != simulated,
@@ -262,8 +261,8 @@ def _trial(row: TrialRow, models: Mapping[str, ModelSpec], cpu: GpuSpec | None) 
         return f"GPU {row.gpu_name}: not in gpus.toml" if row.gpu_name else "measured on a CPU that was not probed"
     if row.model not in models:
         return f"model {row.model}: not described"
-    flags, version = json.loads(row.config_json), row.engine_version or ""
-    quantization = flags.get("quantization")
+    flags, version = row.config_flags, row.engine_version or ""
+    quantization: Any = flags.get("quantization")
     try:
         model = models[row.model]
         model = model.quantised(quantization) if quantization and model.quantisation is None else model

@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ from varcas.pool import Finished, Pool
 from varcas.records import PERMILLE, TrialRow, split_key
 from varcas.saturation import filling
 from varcas.space import ServingConfig, Space
-from varcas.starts import POLL_S, Event, Job, Starts, check, located
+from varcas.starts import Event, Job, SeriesStarts, Work, check, opened
 from varcas.store import Store
 from varcas.study import Proposal
 from varcas.trial import Done, Series, Step, cold_step, run_series
@@ -56,7 +56,6 @@ RATED = ("poisson", "constant", "gamma")
 """Arrivals that one rate describes."""
 CLIFF = 1.0
 """Ratio of a load that was given up, or that overran the server, over what is allowed: at least this much above 1."""
-Work = Callable[..., Series]
 
 
 @dataclass(frozen=True, slots=True)
@@ -408,11 +407,7 @@ def find_capacity(
     require_rate(experiment)
     space = check(experiment, searched=False)
     began_s = time.monotonic()
-    with (
-        located(experiment),
-        Store(experiment.results) as store,
-        Pool(experiment.hardware, address, **ray_options) as pool,
-    ):
+    with opened(experiment, lambda: Pool(experiment.hardware, address, **ray_options)) as (store, pool):
         stop = stopping or threading.Event()
         with CapacitySearch(experiment, space, store, pool, on_event, stop, node, run) as search:
             search.measure(precision, budget_s)
@@ -434,24 +429,20 @@ def require_rate(experiment: Experiment) -> None:
         )
 
 
-class CapacitySearch(Starts):
+class CapacitySearch(SeriesStarts):
     """One capacity. `measure` and `answer` are called in that order."""
 
-    purpose: Literal["capacity"] = "capacity"
+    purpose = "capacity"
 
     def __init__(
         self, experiment: Experiment, space: Space, store: Store, pool: Pool, on_event: Callable[[Event], None],
         stopping: threading.Event, node: Callable[..., Any], run: Work,
     ) -> None:  # fmt: skip
-        super().__init__(experiment, space, store, pool, on_event, stopping, node)
-        self._run = run
+        super().__init__(experiment, space, store, pool, on_event, stopping, node, run)
         flags = {**experiment.serve, **experiment.baseline}
         self._config = ServingConfig(experiment.model, experiment.revision, flags)
         self._measured: list[tuple[TrialRow, Done]] = []
         self._lost: str | None = None
-
-    def _is_own(self, row: TrialRow) -> bool:
-        return row.purpose == self.purpose
 
     def measure(self, precision: float, budget_s: float | None) -> None:
         """Starts the server and loads it until its capacity is known.
@@ -469,11 +460,6 @@ class CapacitySearch(Starts):
         job = Job(proposal, self._number(), self.purpose, checked)
         self._submit(job, functools.partial(self._run, plan=plan), self._task(job), "loads of one server")
         self._drain()
-
-    def _collect(self) -> None:
-        for finished in self.pool.finished(POLL_S):
-            job, submitted_s = self._jobs.pop(finished.key)
-            self._take(job, finished, time.monotonic() - submitted_s)
 
     def _take(self, job: Job, finished: Finished, wall_s: float) -> None:
         if finished.lost is not None:

@@ -251,10 +251,7 @@ def batch_size(
         from varcas.pictures import draw_curve
 
         print(draw_curve(answer, plot), file=sys.stderr)
-    if as_json:
-        print(answer.model_dump_json(indent=2))
-    else:
-        _rich(curve_text(answer))
+    _print(answer, as_json, curve_text(answer))
     if answer.pick is None:
         raise typer.Exit(EXIT_NO_ANSWER)
 
@@ -287,10 +284,7 @@ def capacity(
             )
         except KeyboardInterrupt:
             _interrupted(loaded)
-    if as_json:
-        print(answer.model_dump_json(indent=2))
-    else:
-        _rich(capacity_text(answer))
+    _print(answer, as_json, capacity_text(answer))
     if answer.capacity_rps is None:
         raise typer.Exit(EXIT_NO_ANSWER)
 
@@ -698,10 +692,7 @@ def roofline(
         prompts=_numbers("--prompts", prompts),
     )
     _drawn(answer, plots)
-    if as_json:
-        print(answer.model_dump_json(indent=2))
-    else:
-        _rich(roofline_text(answer))
+    _print(answer, as_json, roofline_text(answer))
     if not answer.has_answer:
         raise typer.Exit(EXIT_NO_ANSWER)
 
@@ -785,8 +776,12 @@ def _is_file(text: str) -> bool:
     return text.endswith((".yaml", ".yml"))
 
 
-def _print(answer: BaseModel, as_json: bool, text: str) -> None:
-    print(answer.model_dump_json(indent=2) if as_json else text)
+def _print(answer: BaseModel, as_json: bool, shown: Any) -> None:
+    """JSON, or words as they stand, or what rich lays out."""
+    if as_json or isinstance(shown, str):
+        print(answer.model_dump_json(indent=2) if as_json else shown)
+    else:
+        _rich(shown)
 
 
 def _print_table(table: Any, out: Format) -> None:

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from varcas.errors import InputError
 from varcas.experiment import OBJECTIVES
-from varcas.intervals import t_quantile
-from varcas.metrics import MIN_STARTS
+from varcas.intervals import student_half, welch_half
+from varcas.metrics import MIN_STARTS, verdict_of
 from varcas.records import MEASUREMENT_VERSION, TrialRow
 
 METRICS = (
@@ -114,7 +114,7 @@ def _starts(rows: Sequence[TrialRow]) -> dict[str, list[TrialRow]]:
     """Measurements to be believed, by configuration."""
     found: dict[str, list[TrialRow]] = {}
     for row in rows:
-        if row.state == "complete" and row.valid is not False and row.warm_from is None:
+        if row.is_believed and row.warm_from is None:
             found.setdefault(row.config_hash, []).append(row)
     return found
 
@@ -158,26 +158,20 @@ def _paired(pairs: Sequence[tuple[Sequence[TrialRow], Sequence[TrialRow]]]) -> l
 
 def _pair_difference(metric: str, means: np.ndarray[tuple[int, int], np.dtype[np.float64]], tests: int) -> Difference:
     gaps, n = means[:, 1] - means[:, 0], len(means)
-    half = t_quantile(1 - 0.025 / tests, n - 1) * float(gaps.std(ddof=1)) / math.sqrt(n)
+    half = student_half(gaps, 1 - 0.025 / tests)
     a, b = (math.exp(float(means[:, column].mean())) for column in (0, 1))
     return _difference(metric, a, b, float(gaps.mean()), half, (n, n))
 
 
 def _welch(metric: str, x: Sequence[float], y: Sequence[float], tests: int) -> Difference:
-    vx, vy = (float(np.var(logs, ddof=1)) / len(logs) for logs in (x, y))
-    if vx + vy > 0:
-        freedom = (vx + vy) ** 2 / (vx**2 / (len(x) - 1) + vy**2 / (len(y) - 1))
-        half = t_quantile(1 - 0.025 / tests, freedom) * math.sqrt(vx + vy)
-    else:
-        half = 0.0
+    half = welch_half(x, y, 1 - 0.025 / tests)
     a, b = float(np.mean(x)), float(np.mean(y))
     return _difference(metric, math.exp(a), math.exp(b), b - a, half, (len(x), len(y)))
 
 
 def _difference(metric: str, a: float, b: float, gap: float, half: float, n: tuple[int, int]) -> Difference:
     lo, hi = math.exp(gap - half), math.exp(gap + half)
-    up = OBJECTIVES.get(metric, "maximize") == "maximize"
-    verdict: Verdict = "inconclusive" if lo <= 1 <= hi else "better" if (lo > 1) == up else "worse"
+    verdict: Verdict = verdict_of(lo, hi, OBJECTIVES.get(metric, "maximize"))
     return Difference(metric=metric, a=a, b=b, ratio=math.exp(gap), lo=lo, hi=hi, n=n, verdict=verdict)
 
 

@@ -70,7 +70,7 @@ class StartCosts:
             load_s: of one measurement, as planned.
         """
         done = [row for row in rows if row.state == "complete" and row.server_start_s]
-        keys = {key for row in done if (key := compile_key(json.loads(row.config_json))) is not None}
+        keys = {key for row in done if (key := compile_key(row.config_flags)) is not None}
         compiling = [row.compile_s for row in done if row.compile_s and row.compile_cache_hit is False]
         whole = [(row.server_start_s or 0.0) - _compiled_s(row) for row in done]
         return cls(

@@ -197,7 +197,7 @@ def wanted(rows: Sequence[TrialRow], experiment: Experiment, answer: Recommendat
 def starts_of(row: TrialRow, rows: Sequence[TrialRow]) -> list[TrialRow]:
     """A configuration's measured confirmation starts, or the row itself where there are none."""
     both = [start for arm in ("baseline", "candidate") for start in confirmations(rows, arm, row.config_hash)]
-    return [start for start in both if start.state == "complete" and start.valid is not False] or [row]
+    return [start for start in both if start.is_believed] or [row]
 
 
 def digest(evidence: Evidence) -> list[Section]:
@@ -411,7 +411,7 @@ def _status(row: TrialRow, chosen: TrialRow | None) -> str:
 
 
 def _sets(row: TrialRow) -> str:
-    flags = json.loads(row.config_json)
+    flags = row.config_flags
     return settings_text(json.loads(row.params_json), flags) or settings_text(flags, flags)
 
 
@@ -456,7 +456,7 @@ def _searched(e: Evidence) -> list[TrialRow]:
 
 
 def _shown_value(row: TrialRow, objective: Objective) -> float | None:
-    return value(row, objective) if row.state == "complete" and row.valid is not False else None
+    return value(row, objective) if row.is_believed else None
 
 
 def outcome(row: TrialRow) -> str:
@@ -510,7 +510,7 @@ def front_of(rows: Sequence[TrialRow], x: str, y: str) -> set[str]:
 
 def _trade_off(e: Evidence) -> Section | None:
     x, y = axes_of(e)
-    rows = [row for row in e.rows if row.purpose in SEARCHED and row.state == "complete" and row.valid is not False]
+    rows = [row for row in e.rows if row.purpose in SEARCHED and row.is_believed]
     both = [row for row in rows if getattr(row, x) is not None and getattr(row, y) is not None]
     if len(both) < 2 or x == y:
         return None
@@ -575,7 +575,7 @@ def measured(rows: Sequence[TrialRow], objective: Objective) -> list[TrialRow]:
     """Rows of the search whose objective is to be believed, the last of each configuration."""
     kept: dict[str, TrialRow] = {}
     for row in rows:
-        good = row.state == "complete" and row.valid is not False and not overrun(row, objective)
+        good = row.is_believed and not overrun(row, objective)
         if good and value(row, objective) is not None and row.purpose in SEARCHED:
             kept[row.config_hash] = row
     return list(kept.values())
@@ -583,7 +583,7 @@ def measured(rows: Sequence[TrialRow], objective: Objective) -> list[TrialRow]:
 
 def varied_flags(rows: Sequence[TrialRow]) -> dict[str, list[JsonValue]]:
     """Flags that differ between rows, each with its value in every row; None where it is left out."""
-    configs: list[dict[str, JsonValue]] = [json.loads(row.config_json) for row in rows]
+    configs: list[dict[str, JsonValue]] = [row.config_flags for row in rows]
     names = sorted({name for config in configs for name in config})
     columns = {name: [config.get(name) for config in configs] for name in names}
     return {name: values for name, values in columns.items() if len({label_of(v) for v in values}) > 1}
@@ -737,9 +737,9 @@ def batch_rows(e: Evidence) -> list[TrialRow]:
     """Measured rows that differ in `max_num_seqs` alone, of the largest such group; the winner's on a draw."""
     groups: dict[str, dict[int, TrialRow]] = {}
     for row in e.rows:
-        flags = json.loads(row.config_json)
+        flags = row.config_flags
         seqs = flags.pop("max_num_seqs", None)
-        if isinstance(seqs, int) and row.state == "complete" and row.valid is not False and row.purpose != "load":
+        if isinstance(seqs, int) and row.is_believed and row.purpose != "load":
             groups.setdefault(json.dumps(flags, sort_keys=True), {}).setdefault(seqs, row)
     chosen = e.deployed
 
@@ -751,7 +751,8 @@ def batch_rows(e: Evidence) -> list[TrialRow]:
 
 
 def _seqs(row: TrialRow) -> int:
-    found: int = json.loads(row.config_json)["max_num_seqs"]
+    found = row.config_flags["max_num_seqs"]
+    assert isinstance(found, int)
     return found
 
 
@@ -982,7 +983,7 @@ def _failures(e: Evidence) -> Section | None:
     for row in e.rows:
         if row.state == "failed":
             groups.setdefault(row.failure_kind or "unknown", []).append(row)
-    base = json.loads(e.baseline.config_json) if e.baseline else dict(e.experiment.serve)
+    base = e.baseline.config_flags if e.baseline else dict(e.experiment.serve)
     rows = tuple(
         (
             kind,
@@ -1007,7 +1008,7 @@ def _numbers(rows: Sequence[TrialRow]) -> str:
 
 
 def _differs(base: dict[str, JsonValue], row: TrialRow) -> str:
-    flags = json.loads(row.config_json)
+    flags = row.config_flags
     changed = difference(base, flags)
     return settings_text(changed, flags) or "the baseline"
 
@@ -1023,7 +1024,7 @@ def _pruned(e: Evidence) -> Section | None:
     for row in e.rows:
         if row.state == "infeasible":
             groups.setdefault(row.reason_rule or "unknown", []).append(row)
-    base = json.loads(e.baseline.config_json) if e.baseline else dict(e.experiment.serve)
+    base = e.baseline.config_flags if e.baseline else dict(e.experiment.serve)
     rows = tuple(
         (rule, len(some), _numbers(some), _differs(base, some[0]), some[0].failure_detail or "")
         for rule, some in sorted(groups.items(), key=lambda item: -len(item[1]))

@@ -96,7 +96,7 @@ def effects(rows: Iterable[TrialRow], experiment: Experiment) -> Effects:
 def _is_measured(row: TrialRow, metric: str) -> bool:
     value = getattr(row, metric)
     apart = row.purpose in ("confirm", "ablate", "load")
-    return row.state == "complete" and row.valid is not False and not apart and bool(value) and row.params_json != "{}"
+    return row.is_believed and not apart and bool(value) and row.params_json != "{}"
 
 
 def _values(points: Sequence[dict[str, object]], name: str) -> list[str]:

@@ -108,7 +108,7 @@ class Options:
 
 def deployment(row: TrialRow, experiment: Experiment, role: str, comments: Sequence[str]) -> Deployment:
     """A trial's configuration as something to deploy."""
-    flags: dict[str, JsonValue] = json.loads(row.config_json)
+    flags: dict[str, JsonValue] = row.config_flags
     config = ServingConfig(experiment.model, experiment.revision, flags)
     random_weights = (RANDOM_WEIGHTS,) if has_random_weights(flags) else ()
     on_gpu = row.gpu_name is not None or experiment.hardware.gpu not in ("auto", "cpu")

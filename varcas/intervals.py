@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,7 +142,7 @@ def rate_interval(at_s: Floats, weights: Floats, start_s: float, end_s: float) -
     sums: Floats = counted.astype(np.float64)
     rate = float(sums.sum()) / span_s
     batches = sums.reshape(RATE_BATCHES, -1).sum(axis=1) * (RATE_BATCHES / span_s)
-    half = t_quantile(0.975, RATE_BATCHES - 1) * float(np.std(batches, ddof=1)) / math.sqrt(RATE_BATCHES)
+    half = student_half(batches)
     variance = float(sums.var())
     time = autocorrelation_time(sums) if variance > 0 else 1.0
     stretches = min(RATE_BINS / max(time, 1.0), float(np.count_nonzero(inside)))
@@ -199,6 +200,30 @@ def _exp(x: float) -> float:
 def _shifted(p: float, by: float) -> float:
     """A share moved on the logit scale."""
     return 1 / (1 + math.exp(min(max(-(math.log(p / (1 - p)) + by), -700.0), 700.0)))
+
+
+def student_half(values: Sequence[float] | Floats, p: float = 0.975) -> float:
+    """Half the interval of a mean over at least two independent values (Student 1908); 95 % by default."""
+    return t_quantile(p, len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def welch_half(a: Sequence[float] | Floats, b: Sequence[float] | Floats, p: float = 0.975) -> float:
+    """Half the interval of a difference of means (Welch 1947, with Satterthwaite's degrees of freedom)."""
+    va, vb = float(np.var(a, ddof=1)) / len(a), float(np.var(b, ddof=1)) / len(b)
+    if va + vb == 0:
+        return 0.0
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return t_quantile(p, freedom) * math.sqrt(va + vb)
+
+
+def pooled_deviation(groups: Iterable[Sequence[float]], min_freedom: int = 2) -> tuple[float | None, int]:
+    """Standard deviation within groups, pooled, and its degrees of freedom; None with fewer than `min_freedom`."""
+    squares, freedom = 0.0, 0
+    for group in groups:
+        if len(group) > 1:
+            squares += float(((np.asarray(group) - np.mean(group)) ** 2).sum())
+            freedom += len(group) - 1
+    return (math.sqrt(squares / freedom) if freedom >= min_freedom else None), freedom
 
 
 @functools.cache

@@ -8,7 +8,6 @@ and judged by what is found there.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from varcas.budget import Budget
 from varcas.errors import InputError
 from varcas.experiment import Claim, Experiment, Flags, Hardware, Objective, Phase
-from varcas.intervals import t_quantile
+from varcas.intervals import pooled_deviation, t_quantile
 from varcas.records import TrialRow
 from varcas.report import (
     ACCEPTANCE_NOT_REAL,
@@ -253,7 +252,7 @@ def _stage(
     phase: Phase, study: Experiment, answer: Recommendation, rows: Sequence[TrialRow], kept: bool, before: float | None
 ) -> Stage:
     looked = _Looked(study, rows, before)
-    configs = {row.config_hash: json.loads(row.config_json) for row in rows}
+    configs = {row.config_hash: row.config_flags for row in rows}
     found = [looked.found(flags) for flags in configs.values()]
     return Stage(
         name=phase.name,
@@ -360,7 +359,7 @@ class _Looked:
 
 
 def _good(rows: Sequence[TrialRow]) -> list[TrialRow]:
-    return [row for row in rows if row.state == "complete" and row.valid is not False]
+    return [row for row in rows if row.is_believed]
 
 
 def _values(rows: Sequence[TrialRow], objective: Objective) -> list[float]:
@@ -369,14 +368,11 @@ def _values(rows: Sequence[TrialRow], objective: Objective) -> list[float]:
 
 def _half_interval(groups: Sequence[Sequence[TrialRow]], objective: Objective) -> float:
     """Half the 95 % interval of the logarithm of a ratio of two single starts, from the starts that were repeated."""
-    squares, freedom = 0.0, 0
-    for rows in groups:
-        logs = [math.log(one) for one in _values(rows, objective) if one > 0]
-        squares += sum((one - fmean(logs)) ** 2 for one in logs) if logs else 0.0
-        freedom += max(0, len(logs) - 1)
-    if freedom < 2:
+    logs = ([math.log(one) for one in _values(rows, objective) if one > 0] for rows in groups)
+    deviation, freedom = pooled_deviation(logs)
+    if deviation is None:
         return 1.96 * math.sqrt(2) * START_SD_FRAC
-    return t_quantile(0.975, freedom) * math.sqrt(2 * squares / freedom)
+    return t_quantile(0.975, freedom) * math.sqrt(2) * deviation
 
 
 # ---- in words

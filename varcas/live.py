@@ -64,7 +64,7 @@ def proposal_text(row: TrialRow) -> str:
     """What a row sets, and what for."""
     if row.purpose in ("load", "capacity"):
         return row.profile if row.rate_rps is None else f"{row.profile} at {row.rate_rps:g}/s"
-    return described(row.purpose, row.arm, json.loads(row.params_json), json.loads(row.config_json))
+    return described(row.purpose, row.arm, json.loads(row.params_json), row.config_flags)
 
 
 def verdict_text(row: TrialRow) -> str:

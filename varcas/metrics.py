@@ -16,7 +16,7 @@ import numpy as np
 
 from varcas.columns import Bools, Floats, Ints, Measured, Requests, token_events
 from varcas.experiment import ArrivalKind
-from varcas.intervals import Interval, mean_interval, nearest_rank, quantile_interval, rate_interval, t_quantile
+from varcas.intervals import Interval, mean_interval, nearest_rank, quantile_interval, rate_interval, welch_half
 from varcas.records import (
     LATENCIES,
     MAX_EXCESS,
@@ -470,23 +470,15 @@ def compare(
     if min(n) < MIN_STARTS:
         few = f"{n[0]} and {n[1]} starts: at least {MIN_STARTS} an arm are needed"
         return Gain(math.exp(gain), None, None, *means, n, "inconclusive", few)
-    half = _welch_half(*logs)
+    half = welch_half(*logs)
     lo, hi = math.exp(gain - half), math.exp(gain + half)
-    verdict = _verdict(lo, hi, direction)
+    verdict = verdict_of(lo, hi, direction)
     reason = "the 95 % interval of the ratio holds 1" if verdict == "inconclusive" else None
     return Gain(math.exp(gain), lo, hi, *means, n, verdict, reason)
 
 
-def _verdict(lo: float, hi: float, direction: str) -> Verdict:
+def verdict_of(lo: float, hi: float, direction: str) -> Verdict:
+    """What the interval of a ratio, the second over the first, says of the second."""
     if lo <= 1 <= hi:
         return "inconclusive"
     return "better" if (lo > 1) == (direction == "maximize") else "worse"
-
-
-def _welch_half(a: Floats, b: Floats) -> float:
-    """Half the 95 % interval of a difference of means (Welch 1947, with Satterthwaite's degrees of freedom)."""
-    va, vb = float(np.var(a, ddof=1)) / len(a), float(np.var(b, ddof=1)) / len(b)
-    if va + vb == 0:
-        return 0.0
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return t_quantile(0.975, freedom) * math.sqrt(va + vb)

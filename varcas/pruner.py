@@ -164,7 +164,7 @@ class Pruner:
         return not is_pruned(row) or self.verdict(self._config(row)) is not None
 
     def _config(self, row: TrialRow) -> ServingConfig:
-        return ServingConfig(self._experiment.model, self._experiment.revision, json.loads(row.config_json))
+        return ServingConfig(self._experiment.model, self._experiment.revision, row.config_flags)
 
     # the space
 

@@ -7,10 +7,11 @@ window (`t0`): a warm-up has negative times, a drained request ends after `durat
 from __future__ import annotations
 
 import datetime
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 MEASUREMENT_VERSION = 2
 """Raised when a number is computed differently (CHANGELOG, *Measurement*); rows of two versions are never compared."""
@@ -467,3 +468,14 @@ class TrialRow(BaseModel):
     temperature_c: float | None = _doc("largest seen")
     throttle_frac: float | None = _doc("share of samples with a throttle reason other than idle")
     log_path: str | None = _doc("the server's log")
+
+    @property
+    def is_believed(self) -> bool:
+        """Measured whole, and to be believed."""
+        return self.state == "complete" and self.valid is not False
+
+    @property
+    def config_flags(self) -> dict[str, JsonValue]:
+        """`config_json`: the flags it was started with, with their values."""
+        flags: dict[str, JsonValue] = json.loads(self.config_json)
+        return flags

@@ -152,7 +152,7 @@ def usable(row: TrialRow, objective: Objective | None = None) -> bool:
 
     That is the latency of a server that was overrun, and anything that hangs on a made-up acceptance of drafts.
     """
-    believed = row.state == "complete" and row.valid is not False and row.slo_met is not False
+    believed = row.is_believed and row.slo_met is not False
     return believed and not overrun(row, objective) and not has_unreal_acceptance(row)
 
 
@@ -258,7 +258,7 @@ def find(rows: Sequence[TrialRow], experiment: Experiment) -> Finding:
 
 def _baseline(rows: Sequence[TrialRow]) -> TrialRow | None:
     """The baseline's row: the first that measured something to be believed, else the last that was its own fault."""
-    good = [row for row in rows if row.state == "complete" and row.valid is not False]
+    good = [row for row in rows if row.is_believed]
     own = [row for row in rows if row.state != "stopped" and row.failure_kind not in RETRIED]
     return good[0] if good else own[-1] if own else None
 
@@ -292,7 +292,7 @@ def recommend(
     verdict = _verdict(finding, gain, winner, experiment)
     tested, least = _ablated(verdict, finding, rows, experiment)
     deployed = least or _deployed(verdict, finding)
-    base_flags = _flags(finding.baseline) if finding.baseline else {**experiment.serve, **experiment.baseline}
+    base_flags = finding.baseline.config_flags if finding.baseline else {**experiment.serve, **experiment.baseline}
     return Recommendation(
         study=experiment.name,
         verdict=verdict,
@@ -306,8 +306,8 @@ def recommend(
         limits=_limits(deployed, rows, experiment.slo) if deployed else [],
         rate_rps=deployed.rate_rps if deployed else None,
         delivered_rate_rps=deployed.delivered_rate_rps if deployed else None,
-        deploy=_flags(deployed) if deployed else None,
-        changes=difference(base_flags, _flags(deployed)) if deployed else {},
+        deploy=deployed.config_flags if deployed else None,
+        changes=difference(base_flags, deployed.config_flags) if deployed else {},
         command=deployed.command if deployed else None,
         script=script,
         baseline=baseline,
@@ -340,12 +340,7 @@ def _ablated(
 def _dropped(finding: Finding, least: TrialRow | None) -> list[str]:
     if least is None or finding.winner is None:
         return []
-    return list(difference(_flags(finding.winner), _flags(least)))
-
-
-def _flags(row: TrialRow) -> dict[str, JsonValue]:
-    flags: dict[str, JsonValue] = json.loads(row.config_json)
-    return flags
+    return list(difference(finding.winner.config_flags, least.config_flags))
 
 
 def described(purpose: str, arm: str | None, params: Mapping[str, JsonValue], flags: Mapping[str, JsonValue]) -> str:
@@ -392,7 +387,7 @@ def _limits(row: TrialRow, rows: Iterable[TrialRow], slo: Mapping[str, float]) -
         other.constraints
         for other in rows
         if other.purpose == "confirm" and other.config_hash == row.config_hash
-        and other.state == "complete" and other.valid is not False
+        and other.is_believed
     ]  # fmt: skip
     seen = fresh or [row.constraints]
     worst = {key: max(found[key] for found in seen if key in found) for key in slo if any(key in f for f in seen)}
@@ -418,11 +413,11 @@ def _arm(row: TrialRow | None, rows: Sequence[TrialRow], arm: str, objective: Ob
     if row is None:
         return None
     starts = confirmations(rows, arm, row.config_hash)
-    valid = [s for s in starts if s.state == "complete" and s.valid is not False and not overrun(s, objective)]
+    valid = [s for s in starts if s.is_believed and not overrun(s, objective)]
     good = [start for start in valid if value(start, objective) is not None]
     return Arm(
         config_hash=row.config_hash,
-        flags=_flags(row),
+        flags=row.config_flags,
         command=row.command,
         number=row.number,
         search_value=value(row, objective),
@@ -551,7 +546,7 @@ def _failures(rows: Sequence[TrialRow], base: dict[str, JsonValue]) -> list[Fail
     return [
         Failure(
             number=row.number,
-            flags=difference(base, _flags(row)),
+            flags=difference(base, row.config_flags),
             kind=row.failure_kind,
             detail=row.failure_detail,
             hint=row.failure_hint,
@@ -574,7 +569,7 @@ def _warnings(
             not_believed > 0,
             f"{not_believed} measurement(s) are not to be believed and were not ranked (`varcas results --invalid`)",
         ),
-        (deployed is not None and has_random_weights(_flags(deployed)), RANDOM_WEIGHTS),
+        (deployed is not None and has_random_weights(deployed.config_flags), RANDOM_WEIGHTS),
         (_kept_up(rows, finding, experiment), _kept_up_text(finding, gain)),
         (drift is not None, _drift_text(drift or 0.0, objective)),
         (
@@ -643,7 +638,7 @@ def row_to_deploy(answer: Recommendation, rows: Iterable[TrialRow]) -> TrialRow 
     if answer.deploy is None:
         return None
     wanted = json.dumps(answer.deploy, sort_keys=True)
-    found = [row for row in rows if json.dumps(_flags(row), sort_keys=True) == wanted and row.state == "complete"]
+    found = [row for row in rows if json.dumps(row.config_flags, sort_keys=True) == wanted and row.state == "complete"]
     return min(found, key=lambda row: (row.valid is False, row.purpose == "confirm", row.number), default=None)
 
 

@@ -246,7 +246,7 @@ class Simulator:
 
     def _first_wait_s(self, row: TrialRow, records: Sequence[RequestRecord]) -> float:
         workload = Workload.model_validate_json(row.workload_json)
-        engine = replace(self.engine(json.loads(row.config_json)), request_s=0.0)
+        engine = replace(self.engine(row.config_flags), request_s=0.0)
         drawn = asked(workload, engine.limits.max_model_len, records)
         load = VirtualLoad(drawn, engine, duration_s=workload.duration_s, max_drain_s=workload.max_drain_s)
         simulated = median(record.token_offsets_s[0] for record in load.records() if record.token_offsets_s)

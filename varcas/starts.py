@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from varcas.engine.failures import HINTS
 from varcas.engine.fetch import check_local_model, is_local
@@ -37,6 +37,8 @@ ANSWER_S = 300.0
 LEAVE_S = 2.5
 """For running trials to end when asked: Ray kills a stopped job 3 s after its SIGTERM."""
 POLL_S = 0.25
+Work = Callable[..., Series]
+PoolT = TypeVar("PoolT", bound=Workers)
 HOPELESS = frozenset({"bad_model_files", "missing_dependency", "model_download"})
 """Failures that no flag changes: a sweep whose baseline has one ends, and tries it again when resumed."""
 
@@ -136,6 +138,15 @@ def located(experiment: Experiment) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(experiment.located(str(error))) from error
+
+
+@contextlib.contextmanager
+def opened(
+    experiment: Experiment, make_pool: Callable[[], contextlib.AbstractContextManager[PoolT]]
+) -> Iterator[tuple[Store, PoolT]]:
+    """The experiment's store, locked, and then its workers; errors say where in the file they belong."""
+    with located(experiment), Store(experiment.results) as store, make_pool() as pool:
+        yield store, pool
 
 
 def check_paths(experiment: Experiment) -> None:
@@ -418,12 +429,13 @@ class Starts:
     def _row(self, job: Job, **columns: Any) -> TrialRow:
         e, config = self.experiment, job.proposal.config
         workload = e.workload if job.workload is None else job.workload
+        trial_id = self._trial_id(job)
         fixed: dict[str, Any] = {
-            "trial_id": self._trial_id(job),
+            "trial_id": trial_id,
             "trial_key": self._trial_key(job),
             "study": e.name,
             "number": job.number,
-            "server_id": job.server_id or self._trial_id(job)[:16],
+            "server_id": job.server_id or trial_id[:16],
             "purpose": job.purpose,
             "arm": job.arm,
             "attempt": job.attempt,
@@ -453,6 +465,35 @@ class Starts:
         if columns.get("num_requests") is not None:
             columns["warnings"] = self._warnings(config, columns.get("warnings", ()))
         return TrialRow(**(fixed | {key: new for key, new in columns.items() if new is not None}))
+
+
+class SeriesStarts(Starts):
+    """Several measurements of each start, for a purpose of their own.
+
+    Args:
+        run: what measures a series; the others are those of `Starts`.
+    """
+
+    purpose: ClassVar[Purpose]
+
+    def __init__(
+        self, experiment: Experiment, space: Space, store: Store, pool: Workers, on_event: Callable[[Event], None],
+        stopping: threading.Event, node: Callable[..., Any], run: Work,
+    ) -> None:  # fmt: skip
+        super().__init__(experiment, space, store, pool, on_event, stopping, node)
+        self._run = run
+
+    def _is_own(self, row: TrialRow) -> bool:
+        return row.purpose == self.purpose
+
+    def _collect(self) -> None:
+        for finished in self.pool.finished(POLL_S):
+            job, submitted_s = self._jobs.pop(finished.key)
+            self._take(job, finished, time.monotonic() - submitted_s)
+
+    def _take(self, job: Job, finished: Finished, wall_s: float) -> None:
+        """Records a start's rows: disk first."""
+        raise NotImplementedError
 
 
 def outcome_columns(outcome: Outcome, experiment: Experiment) -> dict[str, Any]:

@@ -798,7 +798,7 @@ class Study:
         for row in sorted((row for row in past if row.purpose not in APART), key=lambda row: row.number):
             key, params = self._place(row)
             verdict = self._ledger.add(row, row.failure_kind in RETRIED and row.state != "infeasible", key)
-            config = self._config(json.loads(row.config_json))
+            config = self._config(row.config_flags)
             if params is not None:
                 self._in_space.add(key)
                 self._params[key] = params
@@ -829,7 +829,7 @@ class Study:
             values=told.values,
             params=params,
             distributions=replayed.distributions,
-            user_attrs={"config": _flags_text(json.loads(row.config_json)), **told.attributes},
+            user_attrs={"config": _flags_text(row.config_flags), **told.attributes},
             constraints=told.constraints,
         )
         self._optuna.add_trial(trial)
@@ -839,7 +839,7 @@ class Study:
 
         What was measured on a running server has other flags once it is deployed: its parameters name it.
         """
-        flags: Flags = json.loads(row.config_json)
+        flags: Flags = row.config_flags
         if not row.measured_live:
             return row.config_hash, self.space.params_of(flags)
         params: Params = json.loads(row.params_json)
@@ -1225,7 +1225,7 @@ def _placed(experiment: Experiment, rows: Iterable[TrialRow]) -> dict[int, _Plac
     that every trial has, and the baseline often lies outside.
     """
     space = Space(experiment)
-    flags = {row.number: cast(Flags, json.loads(row.config_json)) for row in rows}
+    flags = {row.number: row.config_flags for row in rows}
     inside: dict[int, Params] = {}
     known: dict[str, BaseDistribution] = {}
     for number in flags:
@@ -1317,7 +1317,7 @@ def _shown_attributes(row: TrialRow, experiment: Experiment) -> dict[str, Any]:
         **{name: _rounded(getattr(row, name)) for name in columns},
         "log": row.log_path,
         "command": row.command,
-        "config": _flags_text(json.loads(row.config_json)),
+        "config": _flags_text(row.config_flags),
     }
     return {name: value for name, value in named.items() if value is not None}
 

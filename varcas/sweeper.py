@@ -39,7 +39,7 @@ from varcas.rules import Site
 from varcas.sharing import Shared, num_rides, shared
 from varcas.simulated import Simulator, unmodelled
 from varcas.space import ServingConfig, Space
-from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, located
+from varcas.starts import HOPELESS, POLL_S, Event, Job, Plan, Starts, check, opened
 from varcas.store import Store
 from varcas.study import Proposal, Study, open_study
 from varcas.trial import Series, TrialTask, run_series, run_trial
@@ -99,11 +99,7 @@ def sweep(
     space = check(experiment)
     if any(objective.metric == "capacity_rps" for objective in experiment.objectives):
         require_rate(experiment)
-    with (
-        located(experiment),
-        Store(experiment.results) as store,
-        _pool(experiment, address, pool, ray_options) as workers,
-    ):
+    with opened(experiment, lambda: _pool(experiment, address, pool, ray_options)) as (store, workers):
         simulator = simulator_of(experiment, store) if experiment.engine == "simulated" else None
         if simulator is not None:
             run, node = simulator.run, simulator.node
@@ -336,7 +332,7 @@ class Sweeper(Starts):
         row = next((row for row in rows if _is_hopeless(row)), None)
         if row is None or any(row.state == "complete" for row in self._rows):
             return
-        hint = weights_problem(self.experiment.model, json.loads(row.config_json)) or row.failure_hint
+        hint = weights_problem(self.experiment.model, row.config_flags) or row.failure_hint
         raise VarcasError(
             f"trial {row.number} (baseline): {row.failure_kind}: {row.failure_detail}. No flag of the space changes "
             f"that: the sweep ends. Fix: {hint}; then run it again. Log: {row.log_path or 'none'}"
@@ -475,8 +471,8 @@ class Sweeper(Starts):
         """Waits for the next trial to end, and records it: disk first, then Optuna."""
         for finished in self.pool.finished(POLL_S):
             job, submitted_s = self._jobs.pop(finished.key)
-            self._purse.charge((time.monotonic() - submitted_s) * job.proposal.config.num_gpus)
             wall_s = time.monotonic() - submitted_s
+            self._purse.charge(wall_s * job.proposal.config.num_gpus)
             if (several := self._shared.pop(finished.key, None)) is not None:
                 self._collect_several(job, several, finished, wall_s)
                 continue
@@ -658,7 +654,7 @@ class Sweeper(Starts):
         return self._missing(baseline, winner) if again <= self.experiment.study.max_retries else []
 
     def _confirm_job(self, arm: str, row: TrialRow) -> Job:
-        flags = json.loads(row.config_json)
+        flags = row.config_flags
         config = ServingConfig(self.experiment.model, self.experiment.revision, flags)
         proposal = Proposal(
             number=row.number, params=json.loads(row.params_json), flags=flags, config=config, purpose="confirm"

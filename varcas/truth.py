@@ -23,7 +23,7 @@ from varcas import gpus
 from varcas.calibration import Calibration, Traffic
 from varcas.errors import InputError, TrialError
 from varcas.experiment import Experiment, Hardware, Simulation
-from varcas.intervals import t_quantile
+from varcas.intervals import pooled_deviation, t_quantile
 from varcas.known import find_model
 from varcas.metrics import summarise
 from varcas.records import MEASUREMENT_VERSION, RequestRecord, TrialRow
@@ -228,7 +228,7 @@ class _Predictor:
     def predict(self, case: _Case) -> Prediction:
         row = case.rows[0]
         simulator = self._simulator(case)
-        flags: dict[str, JsonValue] = json.loads(row.config_json)
+        flags: dict[str, JsonValue] = row.config_flags
         columns, failed, beyond = _simulated(simulator, flags, case, self._store.requests(row.trial_id))
         return Prediction(
             study=row.study,
@@ -331,13 +331,10 @@ def _errors(metric: str, predictions: Sequence[Prediction]) -> MetricErrors | No
 
 def _spread(cases: Iterable[_Case]) -> tuple[float, int] | None:
     """Relative standard deviation of tokens/s between starts of one configuration, pooled, and its freedom."""
-    squares, freedom = 0.0, 0
-    for case in cases:
-        values = [row.output_tokens_per_s or 0.0 for row in case.rows]
-        mean = fmean(values)
-        squares += sum((value / mean - 1) ** 2 for value in values) if mean else 0.0
-        freedom += len(values) - 1
-    return (math.sqrt(squares / freedom), freedom) if freedom else None
+    relative = ([row.output_tokens_per_s or 0.0 for row in case.rows] for case in cases)
+    shares = ([value / (fmean(values) or 1.0) for value in values] for values in relative)
+    deviation, freedom = pooled_deviation(shares, min_freedom=1)
+    return None if deviation is None else (deviation, freedom)
 
 
 def _order(predicted: Sequence[tuple[_Case, Prediction]], spread: tuple[float, int] | None) -> Order:

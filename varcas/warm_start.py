@@ -49,7 +49,7 @@ def same_conditions(
     for row in sorted(rows, key=lambda row: row.started_at):
         if row.study == experiment.name or row.config_hash in done or not _tells(row):
             continue
-        flags = json.loads(row.config_json)
+        flags = row.config_flags
         params = space.params_of(flags)
         if params is None or key(ServingConfig(experiment.model, experiment.revision, flags)) != row.trial_key:
             continue
@@ -60,7 +60,7 @@ def same_conditions(
 
 def _tells(row: TrialRow) -> bool:
     """It says something of its configuration for good, and is no copy itself."""
-    good = row.state == "complete" and row.valid is not False
+    good = row.is_believed
     failed = row.state == "failed" and row.failure_kind not in RETRIED
     aside = row.simulated or row.measured_live or row.warm_from is not None or row.purpose == "load"
     return (good or failed) and not aside
@@ -128,7 +128,7 @@ def best_elsewhere(rows: Iterable[TrialRow], experiment: Experiment, space: Spac
         values = [value for value, _ in measured.values()]
         best = max(values) if objective.direction == "maximize" else min(values)
         for key, (value, row) in measured.items():
-            config = ServingConfig(experiment.model, experiment.revision, json.loads(row.config_json))
+            config = ServingConfig(experiment.model, experiment.revision, row.config_flags)
             if space.params_of(config.flags) is not None:
                 worth[key].append(value / best if objective.direction == "maximize" else best / value)
                 flags[key] = config
