@@ -24,6 +24,17 @@ def test_this_python_has_the_vllm_of_its_packages() -> None:
     assert facts.has_command == (distribution == "vllm")
 
 
+def test_a_vllm_edited_in_place_is_seen_to_have_changed(executable: Callable[[str], str], tmp_path: Path) -> None:
+    flags = tmp_path / "site" / "vllm" / "engine" / "arg_utils.py"
+    flags.parent.mkdir(parents=True)
+    (flags.parents[1] / "__init__.py").touch()
+    flags.touch()
+    for changed_ns in (4 * 10**18, 4 * 10**18 + 1):  # in 2096: newer than the program
+        os.utime(flags, ns=(changed_ns, changed_ns))
+        python = executable(f'PYTHONPATH={tmp_path}/site exec {sys.executable} "$@"  # {changed_ns}')
+        assert probe_python(python).changed_ns == changed_ns
+
+
 def test_asking_again_costs_nothing() -> None:
     probe_python(None)
     began_s = time.perf_counter()

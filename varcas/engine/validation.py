@@ -23,8 +23,6 @@ SCRIPT = Path(__file__).with_name("validator.py")
 FIRST_ANSWER_S = 180.0
 """Imports in a cold page cache, then a process that inspects the model: 5-30 s here, more on a network disk."""
 ANSWER_S = 60.0
-PROTOCOL = 1
-"""Raised when `validator.py` answers differently: answers kept under another one are not used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +190,7 @@ class Validator:
         return kept
 
     def _key(self, request: dict[str, Any]) -> str:
-        """All that an answer depends on."""
+        """All that an answer depends on: the child's own text too, and the vLLM's files."""
         facts = probe_python(self._python).require()
         depends = {
             k: v for k, v in self._env.items() if k.startswith(("VLLM_", "HF_HUB_OFFLINE")) and k != "VLLM_API_KEY"
@@ -200,7 +198,7 @@ class Validator:
         argv = request.get("argv", [])
         models = [Path(argv[i + 1]) for i, item in enumerate(argv[:-1]) if item in ("--model", "--tokenizer")]
         content = [local_revision(model) for model in models if model.is_dir()]
-        key = [PROTOCOL, asdict(facts), self._gpu_name, depends, request, content]
+        key = [SCRIPT.read_text(), asdict(facts), self._gpu_name, depends, request, content]
         return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
     def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
