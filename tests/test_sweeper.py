@@ -19,6 +19,7 @@ from tests.sweep_work import outcome
 from varcas.budget import Budget
 from varcas.errors import InputError, VarcasError
 from varcas.experiment import Experiment, Hardware, parse_experiment
+from varcas.inprocess import InProcessPool
 from varcas.pool import Pool
 from varcas.results import Results, trial_text
 from varcas.starts import Event, outcome_columns
@@ -50,12 +51,13 @@ TWO_GPUS = "hardware: {count: 2}\n"
 
 
 def run(of: Experiment, **options: Any) -> Any:
-    fixed = {"run": sweep_work.by_seqs, "node": sweep_work.EasyNode}
+    """A sweep in this process, but for the tests that are of processes: they say `pool=None`, which is Ray."""
+    fixed = {"run": sweep_work.by_seqs, "node": sweep_work.EasyNode, "pool": InProcessPool}
     return sweep(of, **fixed | options)
 
 
 def test_two_gpus_confirm_side_by_side(tmp_path: Path) -> None:
-    answer = run(experiment(tmp_path, SPACE + TWO_GPUS))
+    answer = run(experiment(tmp_path, SPACE + TWO_GPUS), pool=None)
     assert answer.verdict == "better"
     assert answer.deploy == {"max_num_seqs": 4}
     assert answer.winner.values == [140.0] * 3
@@ -74,7 +76,7 @@ def test_two_gpus_confirm_side_by_side(tmp_path: Path) -> None:
 
 def test_a_configuration_reserves_its_gpus_and_one_that_needs_more_is_told_so(tmp_path: Path) -> None:
     space = "space: {tensor_parallel_size: {choices: [1, 2, 4]}}\n"
-    answer = run(experiment(tmp_path, space + TWO_GPUS, "{trials: 9, repeats: 0}"))
+    answer = run(experiment(tmp_path, space + TWO_GPUS, "{trials: 9, repeats: 0}"), pool=None)
     rows = {row.params_json: row for row in Results(tmp_path / "results").trials() if row.purpose == "search"}
     assert rows['{"tensor_parallel_size": 2}'].gpu_count == 2
     assert rows['{"tensor_parallel_size": 4}'].reason_rule == "too_few_gpus"
@@ -138,7 +140,7 @@ def test_stopping_keeps_what_is_measured_and_says_interrupted(tmp_path: Path) ->
             stopping.set()
 
     with pytest.raises(KeyboardInterrupt):
-        run(experiment(tmp_path, SPACE), on_event=on_event, stopping=stopping)
+        run(experiment(tmp_path, SPACE), on_event=on_event, stopping=stopping, pool=None)
     kept = Results(tmp_path / "results").trials()
     assert [row.trial_id for row in kept][: len(seen)] == [row.trial_id for row in seen]
     assert run(experiment(tmp_path, SPACE)).verdict == "better"
